@@ -17,7 +17,7 @@ from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
 from .mask_contents import kept_by_padding
 from .media_masks import is_image_key
-from .part_masks import PADDING_MASK_SUFFIXES, TARGET_PREFIXES
+from .part_arguments import PADDING_MASK_SUFFIXES, TARGET_PREFIXES
 
 __all__ = ["with_other_padding"]
 

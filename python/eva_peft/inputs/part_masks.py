@@ -11,36 +11,23 @@ from torch import Tensor, nn
 
 from .._peft_compat import base_model_of
 from ..model.architecture import forward_signature
-from .arguments import PADDING_MASKS, is_decoder_input
-from .batch_mask import split_joint_mask
 from .call_hooks import CallHooks, named_arguments
 from .fits import version_of
-from .mask_contents import (
-    is_contiguous,
-    is_pairwise,
-    kept_by_attention,
-    kept_by_padding,
-    mask_from_lengths,
+from .part_arguments import (
+    attended_shape,
+    attended_tokens,
+    dense_arguments,
+    is_cross_attention,
+    is_mask_argument,
+    is_relevant_name,
+    masks_by_batch_name,
+    text_or_decoder_inputs,
+    token_shape,
 )
 from .token_mask import TokenMask
 
-__all__ = ["PADDING_MASK_SUFFIXES", "TARGET_PREFIXES", "PartMaskHooks", "parts_taking_masks"]
+__all__ = ["PartMaskHooks", "parts_taking_masks"]
 
-_SEQUENCE_ID = "sequence_id"  # number of each token's sequence, negative for padding; or a mask
-# Names of masks of visible tokens, and suffixes of names of padding masks. Under other names only
-# masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
-# floating ones if additive; under the names in _GENERIC_MASKS also (B, T).
-_ATTENTION_MASKS = ("attention_mask", "encoder_attention_mask", _SEQUENCE_ID)
-PADDING_MASK_SUFFIXES = ("padding_mask", "pad_mask")
-_GENERIC_MASKS = ("mask", "attn_mask", "context_mask")
-# Prefixes of names of a decoder's tokens; an encoder's: "src".
-TARGET_PREFIXES = ("tgt", "trg", "target")
-# Suffixes of names of sample lengths, which may be fractions of the longest.
-_LENGTH_SUFFIXES = ("lengths", "length", "lens", "_len")
-# Substrings of the names of what cross attention reads, and of its mask.
-_CROSS_WORDS = ("encoder", "memory", "context", "key_value", "enc_out")
-_QUERY_OF_KEY = {"key": "query", "k": "q"}  # name of the attended tokens: of the attending ones
-_TEXT_INPUTS = {"input_ids", "inputs_embeds"}
 # Masks of a part's own tokens.
 _OWN_MASKS = {"attention_mask", "decoder_attention_mask"}
 _OWN_MASKS |= {"src_key_padding_mask", "tgt_key_padding_mask"}
@@ -72,7 +59,7 @@ def _first_mask_index(part: nn.Module) -> int | None:
     """Return the number of arguments before the first of interest; ``None`` if there is none."""
     signature, wrapped = forward_signature(part), _base_layer_of(part)
     names = {} if signature is None else signature.parameters
-    first = next((i for i, name in enumerate(names) if _is_relevant_name(name)), None)
+    first = next((i for i, name in enumerate(names) if is_relevant_name(name)), None)
     any_name = any(p.kind is p.VAR_KEYWORD for p in names.values())
     if first is None and any_name and (wrapped is None or _first_mask_index(wrapped) is not None):
         return len(names)
@@ -117,16 +104,16 @@ class PartMaskHooks(CallHooks):
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        relevant = (isinstance(v, Tensor) and _is_relevant_name(name) for name, v in kwargs.items())
+        relevant = (isinstance(v, Tensor) and is_relevant_name(name) for name, v in kwargs.items())
         if len(args) <= self._first_mask_index[module] and not any(relevant):
             return  # early, since most parts are passed no mask
-        arguments = _dense_arguments(named_arguments(module, args, kwargs))
-        if any(_is_cross_attention(arguments, key, query) for key, query in _QUERY_OF_KEY.items()):
+        arguments = dense_arguments(named_arguments(module, args, kwargs))
+        if is_cross_attention(arguments):
             return  # the masks are of keys from elsewhere
         mask, outer = self._mask_of(arguments), self._use_mask()
-        cross_shape = _cross_shape(arguments)
+        cross_shape = attended_shape(arguments)
         if mask is None and outer.from_parts:
-            mask = self._mask_of_earlier_part(outer.main, _token_shape(arguments), cross_shape)
+            mask = self._mask_of_earlier_part(outer.main, token_shape(arguments), cross_shape)
         if mask is None:
             return
         mask = self._with_earlier_masks(outer, mask, cross_shape)
@@ -215,10 +202,10 @@ class PartMaskHooks(CallHooks):
         return mask
 
     def _mask_of(self, arguments: Mapping[str, Any]) -> TokenMask | None:
-        masks = {name: value for name, value in arguments.items() if _is_mask_argument(name, value)}
+        masks = {name: value for name, value in arguments.items() if is_mask_argument(name, value)}
         if not masks:
             return None
-        shape, cross_shape = _token_shape(arguments), _cross_shape(arguments)
+        shape, cross_shape = token_shape(arguments), attended_shape(arguments)
         given = (value for value in arguments.values() if isinstance(value, Tensor))
         sizes = frozenset(size for value in given for size in value.shape)
         outer = self._open_calls[-1][1].main if self._open_calls else None
@@ -227,58 +214,11 @@ class PartMaskHooks(CallHooks):
         key = (shape, sizes, cross_shape, *identities)
         references, mask = self._mask_cache.get(key, ([], None))
         if not references or any(each() is None for each in references):  # ids may be reused
-            named_masks = _named_masks(masks, shape, cross_shape, sizes, outer)
-            others = {name: value for name, value in arguments.items() if "mask" not in name}
-            if not _TEXT_INPUTS & others.keys():  # with text there may be other modalities
-                others = _decoder_inputs(others)
-            mask = self._silent_mask({**others, **named_masks}, shape) if named_masks else None
+            named_masks = masks_by_batch_name(masks, shape, cross_shape, sizes, outer)
+            inputs = text_or_decoder_inputs(arguments)
+            mask = self._silent_mask({**inputs, **named_masks}, shape) if named_masks else None
             self._mask_cache[key] = [ref(source) for source in sources.values()], mask
         return mask
-
-
-def _dense_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without tensors that are nested, sparse or on the meta device."""
-    return {
-        name: value
-        for name, value in arguments.items()
-        if not isinstance(value, Tensor)
-        or (value.layout == torch.strided and not value.is_nested and not value.is_meta)
-    }
-
-
-def _is_relevant_name(name: str) -> bool:
-    return _may_be_mask_name(name) or _is_cross_name(name)
-
-
-def _is_cross_attention(arguments: Mapping[str, Any], key: str, query: str) -> bool:
-    return isinstance(arguments.get(key), Tensor) and arguments[key] is not arguments.get(query)
-
-
-def _may_be_mask_name(name: str) -> bool:
-    return name.endswith(("mask", "masks", _SEQUENCE_ID, *_LENGTH_SUFFIXES))
-
-
-def _is_mask_argument(name: str, value: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return False
-    return _is_known_mask_name(name) or _may_be_token_mask(name, value)
-
-
-def _is_known_mask_name(name: str) -> bool:
-    return name in _ATTENTION_MASKS or name.endswith(PADDING_MASK_SUFFIXES)
-
-
-def _may_be_token_mask(name: str, mask: Tensor) -> bool:
-    """Tell whether a mask under an unknown name may say which tokens are visible."""
-    if name.endswith(_LENGTH_SUFFIXES):
-        return mask.dim() == 1
-    if not _may_be_mask_name(name) or mask.shape[-1:] == (1,):
-        return False
-    if mask.dim() == 2:  # a square one may be pairwise: then each token sees itself
-        if name not in _GENERIC_MASKS or mask.is_floating_point():
-            return False
-        return mask.shape[0] != mask.shape[1] or not mask.diagonal().all()
-    return mask.dim() in (3, 4)
 
 
 def _with_inner_masks(outer: TokenMask, inner: TokenMask, skips_media_layers: bool) -> TokenMask:
@@ -318,98 +258,17 @@ def _keeps_every_token(mask: TokenMask) -> bool:
     return all(value is None or bool(value.all()) for value in mask.masks)
 
 
-def _token_shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of the tokens that a part is called with, (B, T) or (T, B).
-
-    They may be in a tuple with related tensors, such as the positions in ESPnet's encoders.
-    """
-    own = {k: v for k, v in arguments.items() if "mask" not in k and not _is_cross_name(k)}
-    packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
-    every = (*own.values(), *packed)
-    return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
-
-
-def _decoder_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a decoder's inputs among the arguments after the first tokens, an encoder's."""
-    own = [k for k, v in arguments.items() if _are_tokens(v) and not _is_cross_name(k)]
-    return {key: arguments[key] for key in own[1:] if is_decoder_input(key)}
-
-
-def _are_tokens(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= (3 if value.is_floating_point() else 2)
-
-
-def _is_cross_name(name: str) -> bool:
-    return any(word in name for word in _CROSS_WORDS)
-
-
-def _cross_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Return the shape of the tokens from elsewhere that a part attends to."""
-    tokens = _cross_tokens(arguments)
-    return None if tokens is None else tuple(tokens.shape[:2])
-
-
-def _cross_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
-    others = (v for k, v in arguments.items() if _is_cross_name(k) and not _may_be_mask_name(k))
-    return next(filter(_are_tokens, others), None)
-
-
 def _note_attended_states(mask: TokenMask, arguments: Mapping[str, Any]) -> None:
     """Record in a mask the attended tensor if it has as many tokens as the part itself.
 
     They cannot be distinguished by shape, and the part's own tokens may have no mask.
     """
-    cross_tokens = _cross_tokens(arguments)
+    cross_tokens = attended_tokens(arguments)
     if cross_tokens is None or mask.encoder_decoder or len(mask.cross_masks) != 1:
         return
     own_shape = mask.cross_masks[0].shape if mask.main is None else mask.main.shape
     if own_shape == mask.cross_masks[0].shape == cross_tokens.shape[:2]:
         mask.attended_states = ref(cross_tokens)
-
-
-def _named_masks(
-    given_masks: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    cross_shape: tuple[int, ...] | None,
-    sizes: Container[int],
-    outer: Tensor | None,
-) -> dict[str, Tensor]:
-    """Return the masks that a part is passed, under the names that they would have in a batch.
-
-    Args:
-        given_masks: the masks and lengths that the part is passed.
-        shape: see :func:`_token_shape`.
-        cross_shape: shape of other tokens that the part attends to; see :func:`_cross_shape`.
-        sizes: of all dimensions of the arguments; the longest sample must have one of them.
-        outer: the mask of the enclosing part, bool (B, T), if that was passed one.
-    """
-    named_masks: dict[str, Tensor] = {}
-    others = {}
-    # the only mask may be that of the attended tokens
-    ambiguous = cross_shape is not None and not any(map(_is_cross_name, given_masks))
-    for name, mask in given_masks.items():
-        if name in PADDING_MASKS:
-            named_masks[name] = mask
-            continue
-        mask = mask >= 0 if name == _SEQUENCE_ID and mask.dtype != torch.bool else mask
-        kept = _kept_tokens(name, mask, shape, sizes)
-        of_own_tokens = "self" in name or name.startswith(("src", *TARGET_PREFIXES))
-        if ambiguous and not of_own_tokens and not _is_own_mask_only(kept, shape, cross_shape):
-            if name in _ATTENTION_MASKS:
-                named_masks = {**_as_cross_mask(kept, shape, cross_shape), **named_masks}
-        elif kept is not None and _marks_counted_tokens(name, mask, kept, outer):
-            attended = _is_cross_name(name) or name.startswith("src")
-            if attended and (cross_shape is not None or name in _ATTENTION_MASKS):
-                named_masks = {"encoder_attention_mask": kept, **named_masks}
-            elif cross_shape is None and name.startswith(TARGET_PREFIXES):
-                # passed to a whole encoder-decoder
-                named_masks["decoder_attention_mask"] = kept
-            elif tuple(kept.shape) in (shape, shape[::-1]):
-                named_masks["attention_mask"] = kept
-            elif name.endswith(_LENGTH_SUFFIXES):
-                # of another input, such as sound to be made from text
-                others[f"{name}_mask"] = kept
-    return {**named_masks, **others}
 
 
 def _all_true_mask(named_masks: Mapping[str, Tensor], shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -420,51 +279,3 @@ def _all_true_mask(named_masks: Mapping[str, Tensor], shape: tuple[int, ...]) ->
     if len(shape) != 2 or alike:
         return {}
     return {"attention_mask": torch.ones(shape, dtype=torch.bool, device="cpu")}
-
-
-def _marks_counted_tokens(name: str, mask: Tensor, kept: Tensor, outer: Tensor | None) -> bool:
-    """Tell whether the entries that a mask keeps, bool (B, T), are the tokens that count."""
-    if not kept.numel() or (kept.all() and is_pairwise(mask)):
-        return False  # padding may see itself, too
-    if name not in _ATTENTION_MASKS and not kept[:, 0].any():
-        return False  # either left padding in every sample, or the mask is inverted
-    # with several runs, true may mean something else, such as tokens to be predicted
-    return _is_known_mask_name(name) or is_contiguous(kept) or _extends(kept, outer)
-
-
-def _extends(kept: Tensor, known: Tensor | None) -> bool:
-    """Tell whether a mask is a known one with a prefix."""
-    if known is None or len(kept) != len(known) or kept.shape[1] <= known.shape[1]:
-        return False
-    return not known.all() and torch.equal(kept[:, -known.shape[1] :], known)
-
-
-def _is_own_mask_only(
-    kept: Tensor | None, own_shape: tuple[int, ...], cross_shape: tuple[int, ...] | None
-) -> bool:
-    """Tell whether a mask has the shape of a part's own tokens, and not of the attended ones."""
-    shapes = () if kept is None else (tuple(kept.shape), tuple(kept.shape)[::-1])
-    return own_shape in shapes and cross_shape not in shapes
-
-
-def _as_cross_mask(
-    kept: Tensor | None, own_shape: tuple[int, ...], cross_shape: tuple[int, ...] | None
-) -> dict[str, Tensor]:
-    """Return an ambiguous mask as that of attended tokens, if its shape is not that of own ones."""
-    if kept is None or own_shape in (kept.shape, kept.shape[::-1]):
-        return {}
-    if not kept.all() and cross_shape in (kept.shape, kept.shape[::-1]):
-        return {"encoder_attention_mask": kept}
-    return split_joint_mask(kept, own_shape, cross_shape)
-
-
-def _kept_tokens(
-    name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]
-) -> Tensor | None:
-    if name.endswith(_LENGTH_SUFFIXES):
-        return mask_from_lengths(mask.cpu(), shape, sizes)
-    if mask.is_floating_point() and not _is_known_mask_name(name) and not (mask < -1).any():
-        return None  # not additive, so its numbers may mean anything
-    return (
-        kept_by_padding(mask) if name.endswith(PADDING_MASK_SUFFIXES) else kept_by_attention(mask)
-    )
