@@ -19,7 +19,8 @@ from .errors import EvaValueError
 from .initialize import config_for_pass
 from .inputs.other_padding import with_other_padding
 from .model.divided import check_not_partitioned
-from .model.targets import Target, unwrap
+from .model.targets import Target
+from .model.wrappers import unwrap
 from .options import CalibrateOptions
 from .results.layer_names import module_kinds
 

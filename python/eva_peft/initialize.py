@@ -16,7 +16,8 @@ from .lora.training import check_not_trained
 from .lora.wrapping import check_wrapping
 from .model.checks import check_config, warn_if_inside_peft_model
 from .model.divided import check_adapters_writable, check_no_sharded_experts, check_not_partitioned
-from .model.targets import check_may_resize, check_not_replicated, find_targets, unwrap
+from .model.targets import find_targets
+from .model.wrappers import check_may_resize, check_not_replicated, unwrap
 from .options import AUTO, CalibrateOptions
 from .passes.planning import Estimate, estimate_targets
 from .processes.data_parallel import processes_of, reporting_start_failures

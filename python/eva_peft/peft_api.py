@@ -31,7 +31,8 @@ from .lora.adapters import write_state_dict
 from .lora.training import check_not_trained, watch
 from .model.checks import config_of
 from .model.divided import check_adapters_writable
-from .model.targets import check_may_resize, resolve_name, unwrap
+from .model.names import resolve_name
+from .model.wrappers import check_may_resize, unwrap
 from .options import AUTO
 from .processes.data_parallel import processes_of, reporting_start_failures
 

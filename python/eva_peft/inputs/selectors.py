@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import EvaValueError
-from ..model.targets import Target, resolve_name
+from ..model.names import resolve_name
+from ..model.targets import Target
 from ..options import AUTO, CalibrateOptions
 
 __all__ = ["Selector", "selectors_of"]

@@ -35,13 +35,9 @@ from ..errors import EvaRuntimeError, warn
 from ..model.attention import OUT_PROJ
 from ..model.checks import check_base_model, config_of
 from ..model.layers import CONVOLUTIONS, distribute_over_groups
-from ..model.targets import (
-    check_may_resize,
-    check_not_merged,
-    check_not_replicated,
-    peft_key,
-    unwrap,
-)
+from ..model.names import peft_key
+from ..model.targets import check_not_merged
+from ..model.wrappers import check_may_resize, check_not_replicated, unwrap
 from ..passes.ranks import scaled_alpha
 from ..surroundings.devices import device_of
 from ..surroundings.interrupts import undone_on_failure

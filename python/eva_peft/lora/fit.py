@@ -14,8 +14,8 @@ from .._peft_compat import LoraLayer, ParamWrapper, adapter_configs, tied_module
 from ..errors import EvaTypeError, EvaValueError, counted, listed, warn
 from ..model.attention import OUT_PROJ
 from ..model.layers import CONVOLUTIONS, in_out_features
+from ..model.names import adapter_layers, name_in_base_model, peft_key, resolve_name
 from ..model.routing import expert_names
-from ..model.targets import adapter_layers, name_in_base_model, peft_key, resolve_name
 
 __all__ = ["FittedStateDict", "fit_state_dict", "state_dict_names"]
 

@@ -32,8 +32,9 @@ from ..errors import (
     warn,
 )
 from ..model.checks import config_of
+from ..model.names import adapter_layers, name_in_base_model
 from ..model.parts import outermost_modules
-from ..model.targets import adapter_layers, name_in_base_model, unwrap
+from ..model.wrappers import unwrap
 
 __all__ = [
     "EvaCallback",

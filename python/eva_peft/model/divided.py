@@ -10,7 +10,8 @@ from torch import Tensor, distributed, nn
 from .._peft_compat import LoraConfig, ParamWrapper, has_adapters, resolved_config
 from ..errors import EvaRuntimeError
 from ..options import AUTO
-from .targets import DEEPSPEED_ENGINE, class_names, name_in_base_model, unwrap
+from .names import name_in_base_model
+from .wrappers import DEEPSPEED_ENGINE, class_names, unwrap
 
 __all__ = [
     "check_adapters_writable",

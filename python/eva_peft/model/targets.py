@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._peft_compat import (
@@ -25,39 +21,17 @@ from .._peft_compat import (
     resolved_config,
     tied_modules,
 )
-from ..errors import EvaRuntimeError, EvaTypeError, EvaValueError, listed, warn
+from ..errors import EvaRuntimeError, EvaValueError, listed, warn
 from .attention import OUT_PROJ, in_proj_inputs, out_proj_inputs
 from .checks import plain_number
 from .layers import Patches, in_out_features, patches_of
+from .names import layer_name, name_in_base_model, peft_key, without_fsdp, without_inserted_wrappers
 from .routing import ExpertWeight, expert_names, expert_weights
+from .wrappers import class_names
 
-__all__ = [
-    "DEEPSPEED_ENGINE",
-    "Target",
-    "adapter_layers",
-    "check_may_resize",
-    "check_not_merged",
-    "check_not_replicated",
-    "class_names",
-    "find_targets",
-    "name_in_base_model",
-    "peft_key",
-    "resolve_name",
-    "unwrap",
-]
+__all__ = ["Target", "check_not_merged", "find_targets"]
 
-# Wrappers in module paths: DDP and PEFT prefix the names of the base model; torch.compile and
-# activation checkpointing insert theirs anywhere; FullyShardedDataParallel does, too, also after
-# the last name, where PEFT never sees it.
-_WRAPPER_PREFIX = re.compile(r"^(?:module\.|base_model\.model\.)")
-_INSERTED_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module)\.")
-_FSDP_WRAPPER = re.compile(r"(?:^|\.)_fsdp_wrapped_module(?=\.|$)")
-# PEFT's suffix for a module with an adapter (of one of its parameters, if inside the path).
-_BASE_LAYER_SUFFIX = re.compile(r"\.base_layer(?=\.|$)")
-_DATA_PARALLEL_CLASSES = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-DEEPSPEED_ENGINE = "DeepSpeedEngine"
 _GPTQ_CLASS = "GPTQQuantLinear"  # gptqmodel's class, the only one to which PEFT applies QA-LoRA
-_FABRIC_MODEL_ATTRIBUTE = "_forward_module"  # the model's name in the wrapper of Lightning's Fabric
 # Config options that exclude some of the modules matched by target_modules.
 _EXCLUDING_OPTIONS = ("layers_to_transform", "layers_pattern", "exclude_modules")
 # Config options that set the size and scaling of the adapters.
@@ -99,158 +73,6 @@ class Target:
     owner_parts: int = 1
 
 
-def name_in_base_model(name: str) -> str:
-    """Return the name in the base model of a module of a PeftModel."""
-    return _INSERTED_WRAPPER.sub("", peft_key(name))
-
-
-def peft_key(path: str, module: nn.Module | None = None) -> str:
-    """Return PEFT's name of a module of a PeftModel, or of the adapted parameter.
-
-    It is the path in the base model, including ``_orig_mod`` of compiled parts and other wrappers
-    that were there when PEFT added its adapters.
-    """
-    key = _BASE_LAYER_SUFFIX.sub("", _without_fsdp(path).removeprefix("base_model.model."))
-    return f"{key}.{module.parameter_name}" if isinstance(module, ParamWrapper) else key
-
-
-def _without_fsdp(path: str) -> str:
-    """Return the path of a module without FullyShardedDataParallel wrappers."""
-    return _FSDP_WRAPPER.sub("", path).removeprefix(".")
-
-
-def layer_name(path: str, module: LoraLayer) -> str:
-    """Return the base-model name of the module or parameter that a LoRA layer adapts."""
-    return _INSERTED_WRAPPER.sub("", peft_key(path, module))
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, LoraLayer]]:
-    """Return path and LoRA layer of everything an adapter adapts, by the name in the base model.
-
-    If the output projection of an attention is a target as well, PEFT adapts it a second time,
-    unused by the attention: of the two the first is returned.
-    """
-    layers: dict[str, tuple[str, LoraLayer]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-            layers.setdefault(layer_name(path, module), (path, module))
-    return layers
-
-
-def resolve_name(name: str, known_names: Container[str]) -> str:
-    """Return the known layer that a key refers to, ignoring the prefixes of wrappers.
-
-    Prefixes are removed one by one, since a base model may itself have a ``module``. A key that
-    refers to no known layer is returned unchanged.
-    """
-    candidate = _INSERTED_WRAPPER.sub("", name)
-    while candidate not in known_names:
-        shorter = _WRAPPER_PREFIX.sub("", candidate)
-        if shorter == candidate:
-            return name
-        candidate = shorter
-    return candidate
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model below (Distributed)DataParallel, torch.compile and other wrappers.
-
-    Raises:
-        EvaTypeError: not a module, or one of TorchScript.
-    """
-    if not isinstance(model, nn.Module):
-        raise EvaTypeError(
-            f"expected a torch.nn.Module, got {type(model)}; of a pipeline, or another object "
-            "that holds a model, pass the model itself (such as pipeline.unet, or model_body)"
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise EvaTypeError(
-            "the model is TorchScript, whose layers PEFT cannot replace; pass the module that it "
-            "was made from"
-        )
-    *_, inner = _wrapper_chain(model)
-    return inner
-
-
-def check_not_replicated(model: nn.Module) -> None:
-    """Refuse a model whose adapters cannot be resized.
-
-    Raises:
-        EvaRuntimeError: DistributedDataParallel wraps it, even if the inner model is given, as a
-            callback of a Trainer gets it.
-    """
-    is_wrapped = any(
-        isinstance(m, nn.parallel.DistributedDataParallel) for m in _wrapper_chain(model)
-    )
-    if is_wrapped or _is_replicated(unwrap(model)):
-        raise EvaRuntimeError(
-            "the model is wrapped in DistributedDataParallel, which relies on the current sizes "
-            "of the adapters, and EVA would change them. Initialise before wrapping "
-            "(accelerator.prepare wraps, too): drop this wrapper (inner = model.module; del "
-            "model), pass inner, and wrap what is returned. Or keep the sizes, with rho=1"
-        )
-
-
-def _is_replicated(model: nn.Module) -> bool:
-    """Tell whether a model is inside any existing DistributedDataParallel."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-
-    def is_part_of_wrapper() -> bool:
-        ddp_class = nn.parallel.DistributedDataParallel
-        wrappers = [wrapper for wrapper in gc.get_objects() if issubclass(type(wrapper), ddp_class)]
-        return any(part is model for wrapper in wrappers for part in wrapper.modules())
-
-    if not is_part_of_wrapper():
-        return False
-    gc.collect()  # it may be an unreachable cycle
-    return is_part_of_wrapper()
-
-
-def check_may_resize(model: nn.Module, config: LoraConfig) -> None:
-    """Refuse to change the ranks of adapters if something else depends on them.
-
-    Args:
-        model: maybe in a wrapper.
-        config: of the adapters, which need not exist yet.
-
-    Raises:
-        EvaRuntimeError: see :func:`check_not_replicated`; or KaSA truncates the base weights by
-            rank; or BD-LoRA divides ``lora_B`` into blocks.
-    """
-    check_not_replicated(model)
-    if getattr(config, "kasa_config", None) is not None:
-        raise EvaRuntimeError(
-            "kasa_config: PEFT removes as many components from the base weights as an adapter has "
-            "ranks, and would remove them again if ranks changed. Keep the ranks, with rho=1"
-        )
-    blocks = getattr(getattr(config, "use_bdlora", None), "target_modules_bd_b", None)
-    if blocks:
-        raise EvaRuntimeError(
-            f"use_bdlora makes lora_B of {listed(blocks)} block-diagonal, with blocks made for "
-            "the current ranks. Keep the ranks, with rho=1"
-        )
-
-
-def _wrapper_chain(model: nn.Module) -> Iterator[nn.Module]:
-    inner: nn.Module | None = model
-    while inner is not None:
-        yield inner
-        # Not getattr: a PeftModel forwards to the attributes of a compiled base model.
-        wrapped = (inner._modules.get(name) for name in ("_orig_mod", _FABRIC_MODEL_ATTRIBUTE))
-        next_inner = next((part for part in wrapped if part is not None), None)
-        if next_inner is None and (
-            isinstance(inner, _DATA_PARALLEL_CLASSES) or DEEPSPEED_ENGINE in class_names(inner)
-        ):
-            next_inner = inner._modules.get("module")
-        inner = next_inner
-
-
-def class_names(module: nn.Module) -> set[str]:
-    """Return the names of a module's class and all its base classes."""
-    return {kind.__name__ for kind in type(module).__mro__}
-
-
 def check_not_merged(model: nn.Module) -> None:
     """Refuse a model with adapters merged into its weights.
 
@@ -289,9 +111,9 @@ def find_targets(model: nn.Module, config: LoraConfig, adapter_name: str) -> lis
     else:
         adapter_config = config = resolved_config(model, config)
         if isinstance(config.target_modules, set):
-            config.target_modules = set(map(_without_fsdp, config.target_modules))
+            config.target_modules = set(map(without_fsdp, config.target_modules))
         adapted_modules = _matching_modules(model, config)
-    tied_names = {_INSERTED_WRAPPER.sub("", path) for path in tied_modules(model, adapter_config)}
+    tied_names = {without_inserted_wrappers(path) for path in tied_modules(model, adapter_config)}
     targets: list[Target] = []
     unsupported: list[str] = []
     attention_prefixes: list[str] = []
@@ -364,14 +186,14 @@ def _rank_and_alpha(config: LoraConfig, path: str, parameter: str | None) -> tup
 
 def _matching_modules(model: nn.Module, config: LoraConfig) -> Iterator[_AdaptedModule]:
     def as_adapted(path: str, module: nn.Module, parameter: str | None = None) -> _AdaptedModule:
-        name = _INSERTED_WRAPPER.sub("", path)
+        name = without_inserted_wrappers(path)
         return _AdaptedModule(name, module, *_rank_and_alpha(config, path, parameter), parameter)
 
     # PEFT matches the full paths, including what torch.compile has inserted
     for path, module in model.named_modules():
         if "_fsdp_wrapped_module" in module._modules:
             continue
-        path = _without_fsdp(path)
+        path = without_fsdp(path)
         if matches_target(config, path):
             yield as_adapted(path, module)
         for parameter, _ in module.named_parameters(recurse=False):

@@ -167,7 +167,7 @@ class EvaResult:
         from ..lora.training import check_not_trained
         from ..model.checks import warn_if_inside_peft_model
         from ..model.divided import check_adapters_writable
-        from ..model.targets import unwrap
+        from ..model.wrappers import unwrap
         from .reallocation import check_allocation
 
         check_allocation(allocation)

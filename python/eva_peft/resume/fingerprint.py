@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._peft_compat import base_model_of
 from ..errors import EvaValueError, listed
-from ..model.targets import name_in_base_model
+from ..model.names import name_in_base_model
 from ..options import AUTO
 
 if TYPE_CHECKING:
