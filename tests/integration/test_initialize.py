@@ -35,7 +35,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.model.test_fused_experts import make_mixtral
+from integration.model.mixtral import make_mixtral
 
 
 def make_argument(how: str, base: nn.Module) -> tuple[nn.Module, LoraConfig | None]:

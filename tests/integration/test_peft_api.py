@@ -30,7 +30,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.model.test_fused_experts import FUSED, make_mixtral
+from integration.model.mixtral import FUSED, make_mixtral
 
 FUNCTIONS = ("get_eva_state_dict", "initialize_lora_eva_weights")
 QUIET: dict[str, Any] = {"show_progress_bar": False}

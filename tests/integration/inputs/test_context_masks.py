@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
-from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, LENGTHS, batches
 
 pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
-from integration.inputs.test_part_masks import EXACT, KEPT, Block, KeepBlock, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, Block, KeepBlock, batches
 
 
 class EncoderDecoder(nn.Module):

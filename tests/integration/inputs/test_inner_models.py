@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, text_batches
-from integration.inputs.test_part_masks import KEPT, KeepBlock, batches
+from integration.inputs.padding_blocks import KEPT, KeepBlock, batches
 
 EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
 TEXTS = text_batches(4)

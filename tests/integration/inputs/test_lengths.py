@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
-from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, LENGTHS, batches
 
 pytestmark = pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
 

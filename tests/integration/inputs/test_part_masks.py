@@ -23,10 +23,8 @@ from integration.conftest import (
     make_llama,
     run,
 )
+from integration.inputs.padding_blocks import EXACT, KEPT, Block, KeepBlock, batches
 
-LENGTHS = torch.tensor([7, 4, 2])
-KEPT = torch.arange(7) < LENGTHS[:, None]
-EXACT: dict[str, Any] = {"method": "gram", "max_steps": 4}
 NESTED_TENSOR_WARNINGS = [
     "ignore:.*nested tensors is in prototype stage",
     "ignore:enable_nested_tensor is True, but",
@@ -65,14 +63,6 @@ class TextEncoder(nn.Module):
             return self.last(x)
         assert self.encoder is not None
         return self.last(self.encoder(x, src_key_padding_mask=padding))
-
-
-def batches(lengths: bool = False) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(1, VOCABULARY, (3, 7), generator=generator) for _ in range(4)]
-    if lengths:  # padding that is not zero
-        return [{"ids": ids, "lengths": LENGTHS} for ids in draws]
-    return [{"ids": ids * KEPT} for ids in draws]
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
@@ -121,21 +111,6 @@ def test_failed_forward_leaves_no_hooks() -> None:
     assert hooks_of(model) == before
 
 
-class Block(nn.Module):
-    """Attention between linear layers; subclasses take the padding mask in different forms."""
-
-    def __init__(self, batch_first: bool = True) -> None:
-        super().__init__()
-        self.before, self.behind = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=batch_first)
-
-    def run(self, x: Tensor, keys: Tensor, padding: Tensor | None) -> Tensor:
-        x = x + self.before(x).tanh()
-        keys = x if keys is None else keys
-        x = x + self.attention(x, keys, keys, padding, need_weights=False)[0]
-        return x + self.behind(x).tanh()
-
-
 class PaddingBlock(Block):
     def forward(self, x: Tensor, self_attn_padding_mask: Tensor | None = None) -> Tensor:
         return self.run(x, None, self_attn_padding_mask)
@@ -149,11 +124,6 @@ class KeysBlock(Block):
 class PairBlock(Block):
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         return self.run(x, None, attention_mask[:, 0, 0] < 0)
-
-
-class KeepBlock(Block):
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # as x-transformers, ESPnet, NaViT
-        return self.run(x, None, ~mask.reshape(len(x), -1, mask.shape[-1]).any(1))
 
 
 class KwargsBlock(KeepBlock):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eva_peft.inputs.part_masks import parts_taking_masks
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, wrapped
-from integration.inputs.test_part_masks import EXACT, KEPT, LENGTHS, KeepBlock, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, LENGTHS, KeepBlock, batches
 
 
 def test_adapted_layers_are_hooked_where_their_base_takes_masks() -> None:

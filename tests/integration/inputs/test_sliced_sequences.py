@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eva_kernels import EvaWarning
 from eva_peft.inputs.fits import TokenSlice, token_slice_of
 from integration.conftest import layer_inputs, lora, lost, make_bert, run
-from integration.inputs.test_part_masks import EXACT, KEPT, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, batches
 
 SLICES = {
     "all but the first": slice(1, None),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import MixtralForCausalLM
 
 import eva_kernels
 from bench.families import FAMILIES
@@ -16,7 +16,6 @@ from eva_kernels import EvaValueError
 from eva_peft._peft_compat import ParamWrapper
 from integration.conftest import (
     QUIET,
-    VOCABULARY,
     check_shares,
     fused,
     lora,
@@ -30,28 +29,7 @@ from integration.conftest import (
     text_batches,
     wrapped,
 )
-
-EXPERTS = 4
-FUSED = {
-    "target_modules": ["q_proj"],
-    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
-}
-
-
-def make_mixtral() -> MixtralForCausalLM:
-    torch.manual_seed(7)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    )
-    return fused(MixtralForCausalLM(config).eval())
+from integration.model.mixtral import EXPERTS, FUSED, make_mixtral
 
 
 def routed_inputs(model: MixtralForCausalLM, batches: list[Any], layer: int) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
-from integration.model.test_fused_experts import FUSED, make_mixtral
+from integration.model.mixtral import FUSED, make_mixtral
 
 
 def scalings(model: nn.Module) -> dict[str, float]:
