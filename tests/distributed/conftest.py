@@ -36,7 +36,12 @@ def run_scenarios(folder: Path) -> None:
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launcher += ["--log-dir", str(folder / "log")]
     command = [sys.executable, "-m", *launcher, str(Path(__file__).with_name("worker.py"))]
-    done = subprocess.run(
-        [*command, str(folder)], capture_output=True, text=True, timeout=240, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with subprocess.Popen(
+        [*command, str(folder)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
+        try:
+            _, errors = running.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            running.terminate()  # unlike kill, this also ends the two processes
+            raise
+    assert running.returncode == 0, errors[-3000:]
