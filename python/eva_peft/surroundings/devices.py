@@ -26,7 +26,10 @@ def device_of(module: nn.Module) -> torch.device | None:
 def copy_to_device(device: torch.device, tensor: Tensor) -> Tensor:
     """Return a tensor on a device, copied asynchronously where that is safe.
 
-    It is not safe to the host, nor to an Apple GPU, which reads host memory later, when that may
-    have been overwritten.
+    It is not safe to the host. Nor is it where the device reads host memory only later, when that
+    may have been overwritten, as by a loader that fills the same pinned tensor for every batch: an
+    Apple GPU reads any memory so, others pinned memory.
     """
-    return tensor.to(device, non_blocking=device.type not in ("cpu", "mps"))
+    if device.type in ("cpu", "mps") or (tensor.device.type == "cpu" and tensor.is_pinned()):
+        return tensor.to(device)
+    return tensor.to(device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def test_pass_writes_exact_adapters_on_the_device(
     for name, layer in layers.items():
         weights = (one.lora_A["default"].weight for one in (layer, again[name]))
         assert torch.equal(*weights)
+
+
+def test_loader_may_refill_its_tensors(device: torch.device) -> None:
+    texts = text_batches(padded=False)
+
+    def refilling() -> Iterator[dict[str, Tensor]]:
+        batch = {name: torch.empty_like(tensor) for name, tensor in texts[0].items()}
+        if device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+        for text in texts:
+            for name, tensor in text.items():
+                batch[name].copy_(tensor)
+            yield batch
+
+    found, expected = (
+        eva_kernels.calibrate(make_llama().to(device), data, lora(tau=1.0), **QUIET, max_steps=6)
+        for data in (refilling(), iter(texts))
+    )
+    for name, rows in expected.components.items():
+        assert torch.equal(found.components[name], rows)
 
 
 def test_two_passes_are_bitwise_equal(device: torch.device) -> None:
