@@ -58,18 +58,6 @@ MUTATIONS = {
         "if (row >= args.width) return {nullptr",
         "if (false) return {nullptr",
     ),
-    "end of a row read as the next row": (
-        "column + i < columns ? from[i] : 0.0f",
-        "from[i]",
-    ),
-    "vector past the end": (
-        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(from)",
-        "if (reinterpret_cast<uintptr_t>(from)",
-    ),
-    "alignment not asked for": (
-        "&& reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0",
-        "",
-    ),
     "mean not taken off": (" - row.along * delta[column + i]", ""),
     "another column's mean": ("row.along * delta[column + i]", "row.along * delta[column]"),
     "square left out": ("four.basis[i] * row.square", "four.basis[i]"),
@@ -119,20 +107,7 @@ MUTATIONS = {
     "first entries of a tile alone": ("% kReduceBlocks) * kReduceThreads", "% kReduceBlocks) * 0"),
     "not mirrored": ("args.core[lower] = args.core[upper] = core", "args.core[lower] = core"),
     "saved row too many": ("if (i < of.num_saved)", "if (i <= of.num_saved)"),
-    "stored beyond the row": ("if (column + i < columns) to[i]", "to[i]"),
-    "four stored beyond the row": (
-        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(to)",
-        "if (reinterpret_cast<uintptr_t>(to)",
-    ),
-    "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
     "written though not finite": ("if (!*args.all_finite) return;", ""),
-    "two stored beyond the row": (
-        "if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to)",
-        "if (reinterpret_cast<uintptr_t>(to)",
-    ),
-    "two stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float2) == 0", ""),
-    "first of two stored beyond the row": ("if (column < columns) to[0]", "to[0]"),
-    "second of two stored beyond the row": ("if (column + 1 < columns) to[1]", "to[1]"),
     "mixing transposed": ("mixing[k * width + row]", "mixing[row * width + k]"),
     "mixing beyond the width": ("k < width && row < width ?", "true ?"),
     "rows below the last not staged": ("depth = fold_rows_depth(fold.width)", "depth = fold.width"),
@@ -152,6 +127,34 @@ MUTATIONS = {
         "tile < kFoldTile; tile += kFoldTile",
     ),
 }
+# The same for loads and stores of several numbers.
+VECTOR_MUTATIONS = {
+    "end of a row read as the next row": (
+        "column + i < columns ? from[i] : 0.0f",
+        "from[i]",
+    ),
+    "vector past the end": (
+        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(from)",
+        "if (reinterpret_cast<uintptr_t>(from)",
+    ),
+    "alignment not asked for": (
+        "&& reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0",
+        "",
+    ),
+    "stored beyond the row": ("if (column + i < columns) to[i]", "to[i]"),
+    "four stored beyond the row": (
+        "if (column + 4 <= columns && reinterpret_cast<uintptr_t>(to)",
+        "if (reinterpret_cast<uintptr_t>(to)",
+    ),
+    "four stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float4) == 0", ""),
+    "two stored beyond the row": (
+        "if (column + 2 <= columns && reinterpret_cast<uintptr_t>(to)",
+        "if (reinterpret_cast<uintptr_t>(to)",
+    ),
+    "two stored anywhere": ("&& reinterpret_cast<uintptr_t>(to) % sizeof(float2) == 0", ""),
+    "first of two stored beyond the row": ("if (column < columns) to[0]", "to[0]"),
+    "second of two stored beyond the row": ("if (column + 1 < columns) to[1]", "to[1]"),
+}
 # The same for sums over a block.
 BLOCK_MUTATIONS = {
     "sums of warps not published": (
@@ -160,6 +163,11 @@ BLOCK_MUTATIONS = {
     ),
     "one warp's sum": ("i < static_cast<int>(blockDim.x) / kLanes", "i < 1"),
     "half a warp's sum": ("int offset = kLanes / 2", "int offset = kLanes / 4"),
+}
+MUTATIONS_BY_FILE = {
+    "fold.cuh": MUTATIONS,
+    "vectors.cuh": VECTOR_MUTATIONS,
+    "block.cuh": BLOCK_MUTATIONS,
 }
 # Results show no difference on the CPU: any address can be loaded, and a few bytes past the end.
 ONLY_FOUND_BY_SANITIZERS = {
@@ -179,16 +187,12 @@ ONLY_FOUND_BY_SANITIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [(file, name) for file, mutations in MUTATIONS_BY_FILE.items() for name in mutations],
+)
+def test_planted_bug_is_detected(file: str, name: str, tmp_path: Path) -> None:
     flags = SANITIZERS if name in ONLY_FOUND_BY_SANITIZERS else ["-w"]
-    csrc = with_bug(tmp_path, "fold.cuh", *MUTATIONS[name])
+    csrc = with_bug(tmp_path, file, *MUTATIONS_BY_FILE[file][name])
     done = compile_and_run("run_fold.cpp", tmp_path, *flags, csrc=csrc, small=True)
-    assert done.returncode != 0
-
-
-@pytest.mark.parametrize("name", BLOCK_MUTATIONS)
-def test_planted_bug_in_block_sums_is_detected(name: str, tmp_path: Path) -> None:
-    csrc = with_bug(tmp_path, "block.cuh", *BLOCK_MUTATIONS[name])
-    done = compile_and_run("run_fold.cpp", tmp_path, "-w", csrc=csrc, small=True)
     assert done.returncode != 0
