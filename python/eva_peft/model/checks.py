@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Collection, Mapping
 from copy import copy
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -214,9 +217,42 @@ def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
         for name, value in vars(part).items():
             setattr(part, name, plain_number(value))
     config.r = checked_number("r", config.r)
+    _check_names(config)
     config.rank_pattern = {
         key: checked_number(f"rank_pattern[{key!r}]", rank)
         for key, rank in (config.rank_pattern or {}).items()
     }
     config.alpha_pattern = config.alpha_pattern or {}
+    _check_finite("lora_alpha", config.lora_alpha)
+    for key, alpha in config.alpha_pattern.items():
+        _check_finite(f"alpha_pattern[{key!r}]", alpha)
+    if config.eva_config is not None:
+        _check_finite("label_mask_value", config.eva_config.label_mask_value)
     return config
+
+
+def _check_names(config: LoraConfig) -> None:
+    """Refuse options that name layers, if they are not names or regular expressions."""
+    for option in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"):
+        given = getattr(config, option, None) or ()
+        is_pattern = option.endswith("pattern")
+        if is_pattern and given and not isinstance(given, Mapping):
+            raise EvaTypeError(f"{option}={given!r} must be a mapping from names to numbers")
+        names = [given] if isinstance(given, str) else given
+        if not isinstance(names, Collection) or not all(isinstance(n, str) for n in names):
+            raise EvaTypeError(f"{option}={given!r} must name layers by strings")
+        for name in names if is_pattern or isinstance(given, str) else ():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise EvaValueError(
+                    f"{option}: {name!r} is not a regular expression ({error}); correct it, or "
+                    "escape its special characters"
+                ) from error
+
+
+def _check_finite(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise EvaTypeError(f"{name}={value!r} must be a number")
+    if not math.isfinite(value):
+        raise EvaValueError(f"{name}={value} must be finite")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,6 +92,27 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "rank 0 of a layer": (
         {"rank_pattern": {"q_proj": 0}},
         r"^rank_pattern\['q_proj'\]=0 must be at least 1",
+    ),
+    "an infinite alpha": ({"lora_alpha": math.inf}, "^lora_alpha=inf must be finite"),
+    "an alpha that is no number": ({"lora_alpha": "8"}, "^lora_alpha='8' must be a number"),
+    "an alpha of a layer that is NaN": (
+        {"alpha_pattern": {"q_proj": math.nan}},
+        r"^alpha_pattern\['q_proj'\]=nan must be finite",
+    ),
+    "no label mask value": ({"label_mask_value": None}, "^label_mask_value=None must be a number"),
+    "names that are no strings": (
+        {"target_modules": [3]},
+        r"^target_modules=\{3\} must name layers",
+    ),
+    "a number for names": ({"exclude_modules": 3}, "^exclude_modules=3 must name layers"),
+    "ranks without names": ({"rank_pattern": [3]}, r"^rank_pattern=\[3\] must be a mapping"),
+    "a broken expression": (
+        {"target_modules": "(q_proj"},
+        r"^target_modules: '\(q_proj' is not a regular expression \(missing \)",
+    ),
+    "a broken expression in a pattern": (
+        {"alpha_pattern": {"q_proj[": 3}},
+        r"^alpha_pattern: 'q_proj\[' is not a regular expression \(unterminated",
     ),
 }
 
