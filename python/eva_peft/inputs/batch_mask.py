@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .._peft_compat import LoraConfig, eva_config_of
-from ..errors import warn
+from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
 from .batches import as_mapping
@@ -206,8 +206,18 @@ def _text_masks(
     unpadded = None
     if label_mask is not None and tuple(label_mask.shape) == shape:
         unpadded = main
-        main = label_mask if main is None else main & label_mask
+        main = label_mask if main is None else _with_labels(main, label_mask)
     return main, decoder, unpadded
+
+
+def _with_labels(main: Tensor, label_mask: Tensor) -> Tensor:
+    try:
+        return main & label_mask
+    except RuntimeError as error:
+        raise EvaValueError(
+            f"a batch has labels for tokens of shape {tuple(label_mask.shape)}, but its "
+            f"attention_mask is for {tuple(main.shape)}; give both one shape"
+        ) from error
 
 
 def _labelled_step_mask(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 import eva_kernels
+from eva_kernels import EvaValueError
 from eva_peft.inputs.batch_mask import mask_of_batch
 from eva_peft.model.architecture import Architecture
 from integration.conftest import (
@@ -39,6 +40,13 @@ def test_mapping_of_masks_by_kind_of_attention() -> None:
     # a window that is narrower than the text is ignored
     batch["attention_mask"] = {"sliding_attention": pairs[..., 1:], "full_attention": pairs}
     assert torch.equal(mask_of_batch(batch, lora()).main, kept)
+
+
+def test_attention_mask_and_labels_of_different_lengths_are_rejected() -> None:
+    ids = torch.ones(2, 6, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones(2, 5)}
+    with pytest.raises(EvaValueError, match=r"labels for .*\(2, 6\).* attention_mask .*\(2, 5\)"):
+        mask_of_batch(batch, lora())
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
