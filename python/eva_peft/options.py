@@ -171,7 +171,7 @@ class CalibrateOptions:
                 raise EvaTypeError(f"{name}={value!r} must be {wanted}")
             if name != "seed" and not value >= _MINIMUM.get(name, 0):
                 raise EvaValueError(f"{name}={value} must be at least {_MINIMUM.get(name, 0)}")
-            if name == "oversample" and value == math.inf:
+            if name in ("oversample", "memory_budget") and value == math.inf:
                 raise EvaValueError(f"{name}={value} must be finite")
             if number_type is Integral:  # such as NumPy's, which JSON and generators reject
                 object.__setattr__(self, name, int(value))

@@ -133,6 +133,7 @@ def test_unknown_option_is_rejected() -> None:
         ("min_rank", -1, "min_rank=-1 must"),
         ("memory_budget", 0, "memory_budget=0 must be"),
         ("memory_budget", "1GB", "memory_budget='1GB' must be a number"),
+        ("memory_budget", float("inf"), "memory_budget=inf must be finite"),
         ("seed", "x", "seed='x' must be a whole number"),
     ],
 )
