@@ -141,6 +141,16 @@ def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
     assert {name for _, _, name in calls} == set(expected)
 
 
+@pytest.mark.parametrize(
+    ("index", "text"), [(3, "<class 'int'>"), (torch.ones(4), r"torch.Size\(\[4\]\)")]
+)
+def test_model_input_that_is_no_index_is_rejected(index: Any, text: str) -> None:
+    with pytest.raises(
+        eva_kernels.EvaTypeError, match=rf"prepare_model_inputs_fn must return .*got {text};"
+    ):
+        run(make_llama(), text_batches(1), lora(), prepare_model_inputs_fn=lambda *_: index)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 def test_without_a_mask_index_layer_functions_get_the_batch(masked: bool) -> None:
     (text,) = text_batches(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import EvaValueError
+from ..errors import EvaTypeError, EvaValueError
 from ..model.names import resolve_name
 from ..model.targets import Target
 from ..options import AUTO, CalibrateOptions
@@ -64,4 +64,10 @@ def _all_rows(layer_input: Any, model_input: Any, name: str) -> Tensor:
 
 def _rows_by_index(layer_input: Any, model_input: Any, name: str) -> Tensor:
     x = _all_rows(layer_input, model_input, name)
+    if not isinstance(model_input, Tensor) or model_input.dim() != 2:
+        given = getattr(model_input, "shape", type(model_input))
+        raise EvaTypeError(
+            "prepare_model_inputs_fn must return the indices of tokens, a tensor of shape "
+            f"(tokens, 2), got {given}; or pass a prepare_layer_inputs_fn that takes it"
+        )
     return x[model_input.T.unbind()]
