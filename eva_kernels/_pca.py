@@ -451,6 +451,8 @@ def _as_tensor(x: Tensor | np.ndarray) -> Tensor:
         if x.dtype.kind not in "biufc":
             raise EvaTypeError(f"numbers are needed, got an array of dtype {x.dtype}")
         x = np.asarray(x, x.dtype.newbyteorder("="), order="C")  # native byte order, no gaps
+        if any(stride < 0 for stride in x.strides):  # of a single row, which NumPy leaves reversed
+            x = x.copy()
     with warnings_caught():
         # torch warns about read-only arrays, but the data are never written to
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)

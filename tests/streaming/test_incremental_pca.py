@@ -349,6 +349,8 @@ def test_array_strides_byte_order_and_integer_types():
         found = IncrementalPCA(4).fit(other)
         assert found.components_.dtype == torch.float64
         assert torch.equal(found.components_, plain.components_)
+    one_row = x[::-1][3:4]  # whose negative stride means nothing
+    assert torch.equal(plain.transform(one_row), plain.transform(one_row.copy()))
     whole = (1000 * x).astype(np.int64) + 10**9  # beyond the precision of float32
     kinds = [whole.astype(kind) for kind in (">i8", np.uint32, np.uint64)]
     for integers in (whole, *kinds, whole.tolist()):

@@ -191,7 +191,8 @@ def as_tensors(batch: Any) -> Any:
     for key, value in batch.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
             native = value.dtype.newbyteorder("=")
-            converted[key] = torch.from_numpy(np.require(value, native, ["C", "W"]))
+            # a copy: torch takes no negative stride, not even of a single sample
+            converted[key] = torch.from_numpy(np.array(value, native, order="C"))
         elif only_lists and isinstance(value, (list, tuple)) and _becomes_tensor(key, value):
             try:
                 converted[key] = _stacked(value)

@@ -318,6 +318,15 @@ def test_arrays_of_any_memory_layout(kind: str) -> None:
     assert run(make_llama(), iter([batch]), lora(tau=1.0)).ranks == expected.ranks
 
 
+def test_one_sample_of_reversed_arrays() -> None:
+    reversed_batch = {key: value.numpy()[::-1][:1] for key, value in text_batches(1)[0].items()}
+    copied = {key: value.copy() for key, value in reversed_batch.items()}
+    found, expected = (
+        run(make_llama(), iter([batch]), lora(tau=1.0)) for batch in (reversed_batch, copied)
+    )
+    assert found.ranks == expected.ranks
+
+
 def test_scalar_beside_no_samples_is_an_empty_batch() -> None:
     empty = {key: value[:0] for key, value in text_batches(1)[0].items()}
     empty["num_items_in_batch"] = torch.tensor(0)
