@@ -77,8 +77,8 @@ void bind_functions(py::module_& m) {
        {"layers", "n_layers", "width", "features", "numbers", "delta", "along", "mean", "mixing",
         "summary", "all_finite"});
   bind(m, "nystrom", &nystrom_args, Platform::nystrom,
-       {"core", "metric", "ceiling", "n_layers", "width", "tolerance", "goal", "scratch", "mixing",
-        "summary"});
+       {"core", "metric", "ceiling", "trace", "n_layers", "width", "tolerance", "goal", "scratch",
+        "mixing", "summary"});
   bind(m, "start", &start_args, Platform::start,
        {"basis", "products", "shift", "square", "mean", "width", "features", "tokens", "columns",
         "workspace"});

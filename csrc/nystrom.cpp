@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "eigh.h"
@@ -168,6 +169,28 @@ int rank_of(const std::vector<double>& ascending, double ceiling) {
   return std::min(rank, static_cast<int>(std::max(ceiling, 0.0)));
 }
 
+// Rows R that whiten the core, and the eigenpairs of R (Y Y^T) R^T.
+struct Solution {
+  Matrix rows;
+  Pairs pairs;
+};
+
+// nullopt if a matrix is not finite.
+std::optional<Solution> solution(const Matrix& core, const Matrix& metric, double noise) {
+  auto white = whitener(core, noise, true);
+  if (!white) return std::nullopt;
+  Pairs pairs = eigenpairs(product(product(white->matrix, metric), transposed(white->matrix)));
+  if (!eigh_is_finite(pairs.values.back())) return std::nullopt;
+  return Solution{std::move(white->matrix), std::move(pairs)};
+}
+
+// Whether the positive eigenvalues sum to more than the trace allows.
+bool exceeds_trace(const std::vector<double>& values, const double* trace) {
+  double sum = 0.0;
+  for (const double value : values) sum += std::max(value, 0.0);
+  return trace != nullptr && sum > (1.0 + kNystromExcess) * *trace;
+}
+
 void solve(const NystromArgs& args, int64_t layer) {
   const int width = args.width;
   const int64_t size = int64_t(width) * width;
@@ -190,18 +213,21 @@ void solve(const NystromArgs& args, int64_t layer) {
     return finish(rows.matrix, rows.rank, rows.rank < width);
   }
   const double ceiling = args.ceiling[layer];
-  const bool all = args.goal == kNystromSolve;
-  const auto white = whitener(core, all ? kNystromNoise : 0.0, all || ceiling >= width);
-  if (!white) return finish(Matrix(width), 0, true);
   if (args.goal == kNystromWhiten) {
+    const auto white = whitener(core, 0.0, ceiling >= width);
+    if (!white) return finish(Matrix(width), 0, true);
     const int rank = ceiling < white->rank ? static_cast<int>(std::max(ceiling, 0.0)) : white->rank;
     return finish(white->matrix, rank, rank < width);
   }
-  const Matrix& rows = white->matrix;
-  const Pairs pairs = eigenpairs(product(product(rows, metric), transposed(rows)));
-  if (!eigh_is_finite(pairs.values.back())) return finish(Matrix(width), 0, true);
+  const double* trace = args.trace == nullptr ? nullptr : args.trace + layer;
+  auto found = solution(core, metric, kNystromNoise);
+  for (int i = 1; i <= kNystromRetries && found && exceeds_trace(found->pairs.values, trace); ++i) {
+    found = solution(core, metric, nystrom_noise(i));
+  }
+  if (!found) return finish(Matrix(width), 0, true);
+  const auto& [rows, pairs] = *found;
   const int rank = rank_of(pairs.values, ceiling);
-  Matrix found =
+  const Matrix mixed_rows =
       product(matrix_of(width,
                         [&](int i, int j) {
                           if (i >= rank) return 0.0;
@@ -211,10 +237,10 @@ void solve(const NystromArgs& args, int64_t layer) {
               rows);
   for (int i = 0; i < rank; ++i) summary.squares[i] = pairs.values[width - 1 - i];
   double largest_deviation = 0.0;
-  for (const double deviation : deviations(found, metric, rank).entries) {
+  for (const double deviation : deviations(mixed_rows, metric, rank).entries) {
     largest_deviation = std::max(largest_deviation, std::fabs(deviation));
   }
-  finish(found, rank, rank < width || !(largest_deviation <= args.tolerance));
+  finish(mixed_rows, rank, rank < width || !(largest_deviation <= args.tolerance));
 }
 
 }  // namespace

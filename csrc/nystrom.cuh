@@ -178,6 +178,18 @@ __device__ __forceinline__ int whiten(const NystromBlock& block, const double* c
   return rank;
 }
 
+// Computes R, its transpose, and in block.values and `vectors` the eigenpairs of
+// G = R (Y Y^T) R^T. `product` is overwritten. Every thread returns false if one is not finite.
+__device__ __forceinline__ bool white_eigenpairs(const NystromBlock& block, const double* core,
+                                                 const double* metric, double* rows,
+                                                 double* transposed, double* vectors,
+                                                 double* product) {
+  if (whiten(block, core, true, rows, transposed, vectors) < 0) return false;
+  multiply(rows, metric, block.width, product);
+  multiply(product, transposed, block.width, vectors);
+  return eigenpairs(block, vectors, vectors);
+}
+
 // Computes the transpose of the matrix that orthonormalises rows whose Gram matrix is `core`.
 // Linearly dependent rows are dropped. Every thread returns the number of rows left.
 __device__ __forceinline__ int orthogonalise(const NystromBlock& block, const double* core,
@@ -196,6 +208,16 @@ __device__ __forceinline__ int orthogonalise(const NystromBlock& block, const do
     transposed[i % width * width + place] = block.eigh.vectors[i] * block.scale[i % width];
   }
   return rank;
+}
+
+// Whether the positive eigenvalues in block.values sum to more than the trace allows.
+__device__ __forceinline__ bool exceeds_trace(const NystromBlock& block, const NystromArgs& args,
+                                              int64_t layer) {
+  if (args.trace == nullptr) return false;
+  double sum = 0.0;
+  for (int i = threadIdx.x; i < block.width; i += blockDim.x) sum += fmax(block.values[i], 0.0);
+  sum = over_block(sum, Sum());
+  return sum > (1.0 + kNystromExcess) * args.trace[layer];
 }
 
 // Divide the eigenvectors by the square roots of their eigenvalues, in descending order, 0 beyond
@@ -265,32 +287,33 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
   block.eigh.vectors = kVectorsInShared ? shared + eigh_shared_size(width, false) : c;
 
   const double* core = args.core + layer * size;
-  // No noise floor for the other goals: with a random basis all diagonal entries are of similar
-  // size, and rows to be orthonormalised may have any length.
-  grade(block, core, args.goal == kNystromSolve ? kNystromNoise : 0.0, summary.captured);
   if (args.goal == kNystromOrthogonal) {
+    grade(block, core, 0.0, summary.captured);  // rows may have any length
     const int left = orthogonalise(block, core, mixing);
     write_summary(summary, width, left, left < width);
     return;
   }
   const double ceiling = args.ceiling[layer];
-  // With too few tokens, directions beyond the ceiling are rounding noise, however large.
-  const bool full = args.goal == kNystromSolve || ceiling >= width;
-  const int left = whiten(block, core, full, a, mixing, b);  // R in a, its transpose in mixing
-  if (left < 0) {
-    write_failure(width, summary, mixing);
-    return;
-  }
   if (args.goal == kNystromWhiten) {
+    // With a random basis all diagonal entries are of similar size. With too few tokens, directions
+    // beyond the ceiling are rounding noise, however large.
+    grade(block, core, 0.0, summary.captured);
+    const int left = whiten(block, core, ceiling >= width, a, mixing, b);
+    if (left < 0) {
+      write_failure(width, summary, mixing);
+      return;
+    }
     const int rank = ceiling < left ? static_cast<int>(fmax(ceiling, 0.0)) : left;
     write_summary(summary, width, rank, rank < width);
     return;
   }
-  multiply(a, metric, width, c);
-  multiply(c, mixing, width, b);  // G = R (Y Y^T) R^T
-  if (!eigenpairs(block, b, b)) {
-    write_failure(width, summary, mixing);
-    return;
+  for (int retry = 0;; ++retry) {
+    grade(block, core, nystrom_noise(retry), summary.captured);
+    if (!white_eigenpairs(block, core, metric, a, mixing, b, c)) {
+      write_failure(width, summary, mixing);
+      return;
+    }
+    if (retry == kNystromRetries || !exceeds_trace(block, args, layer)) break;
   }
   const int rank = normalise(block, b, ceiling, c, summary.squares);
   multiply(c, a, width, b, mixing);  // the new rows as linear combinations of those of Y

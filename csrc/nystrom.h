@@ -12,6 +12,7 @@ struct NystromArgs {
   const double* core;  // Y V^T, (n_layers, width, width), contiguous; only lower triangles are read
   const double* metric;   // Y Y^T, the same shape, symmetric
   const double* ceiling;  // upper bound of the rank of each layer, (n_layers,), contiguous
+  const double* trace;  // upper bound of the sum of eigenvalues of each layer, (n_layers,); or null
   int64_t n_layers;
   int width;
   double tolerance;  // rows off orthonormal by more than this are reported as uneven
@@ -48,6 +49,17 @@ EVA_HOST_DEVICE inline NystromSummary summary_of(const NystromArgs& args, int64_
 // As in eva_kernels/streaming/nystrom.py: eigenvalues, and diagonal entries of the core, below this
 // fraction of the largest are rounding noise.
 constexpr double kNystromNoise = 1e-12;
+// If the eigenvalues sum to more than the trace, by this fraction of it, diagonal entries above
+// that were noise as well, and so many times a higher fraction is tried.
+constexpr double kNystromExcess = 5e-4;
+constexpr int kNystromRetries = 4;
+
+EVA_HOST_DEVICE inline double nystrom_noise(int retry) {
+  double noise = kNystromNoise;
+  for (int i = 0; i < retry; ++i) noise *= 100.0;
+  return noise;
+}
+
 // Directions of the scaled core below this eigenvalue carry no information.
 constexpr double kNystromCut = 1e-6;
 // A Cholesky factor L is used for whitening if |L^-1|_F^2, a bound of its amplification, is below
@@ -55,11 +67,12 @@ constexpr double kNystromCut = 1e-6;
 constexpr double kNystromRegular = 1.0 / kNystromCut;
 
 inline NystromArgs nystrom_args(uintptr_t core, uintptr_t metric, uintptr_t ceiling,
-                                int64_t n_layers, int width, double tolerance, int goal,
-                                uintptr_t scratch, uintptr_t mixing, uintptr_t summary) {
+                                uintptr_t trace, int64_t n_layers, int width, double tolerance,
+                                int goal, uintptr_t scratch, uintptr_t mixing, uintptr_t summary) {
   return {reinterpret_cast<const double*>(core),
           reinterpret_cast<const double*>(metric),
           reinterpret_cast<const double*>(ceiling),
+          reinterpret_cast<const double*>(trace),
           n_layers,
           width,
           tolerance,

@@ -101,8 +101,8 @@ void run_start(const StartArgs& args, const Device& device) {
   device.prepare({fold, parts.mean, parts.scalars});
   for (const int goal : {kNystromWhiten, kNystromOrthogonal}) {
     device.measure({fold, args.columns, parts.partial, parts.core, parts.metric});
-    device.decompose({parts.core, parts.core, &fold.head(0).ceiling, 1, args.width, 0.0, goal,
-                      parts.scratch, parts.mixing, parts.summary});
+    device.decompose({parts.core, parts.core, &fold.head(0).ceiling, nullptr, 1, args.width, 0.0,
+                      goal, parts.scratch, parts.mixing, parts.summary});
     device.rows({fold, parts.mean, parts.mixing, parts.summary, parts.all_finite});
     if (goal == kNystromOrthogonal) break;
     device.clear(args, parts);

@@ -32,7 +32,13 @@ def runs_natively(core: Tensor) -> bool:
 
 @torch.no_grad()
 def nystrom(
-    core: Tensor, metric: Tensor, ceiling: Tensor, tolerance: float, *, goal: str = "solve"
+    core: Tensor,
+    metric: Tensor,
+    ceiling: Tensor,
+    tolerance: float,
+    *,
+    trace: Tensor | None = None,
+    goal: str = "solve",
 ) -> tuple[Tensor, Tensor]:
     """Decompose C from the image ``Y = V C`` of a basis V of Q rows, for L layers.
 
@@ -43,6 +49,8 @@ def nystrom(
         metric: ``Y Y^T``, float64 (L, Q, Q), symmetric.
         ceiling: upper bound of the rank, float64 (L,).
         tolerance: rows off orthonormal by more than this are uneven.
+        trace: of C, float64 (L,): if the eigenvalues sum to more, some come from rounding errors of
+            rows that the data do not reach, and these are left out. Only "solve" reads it.
         goal: "solve": all of it. "whiten": any rows ``mixing^T Y`` with ``mixing^T B mixing = 1``,
             in a thirtieth of the time unless B is singular. "orthogonalise": B is the Gram matrix
             of Y itself, of rows of any lengths; for every j the first j rows keep their span,
@@ -64,28 +72,36 @@ def nystrom(
     Cost: one eigen-decomposition and some ``25 Q^3`` flops per layer; memory 4 (Q, Q) per layer.
     Reference: Tropp, Yurtsever, Udell and Cevher 2017, arXiv 1706.05736.
     """
-    _check(core, metric, ceiling)
+    _check(core, metric, ceiling, trace)
     if goal not in GOALS:
         raise EvaValueError(f"goal must be one of {', '.join(GOALS)}, not {goal!r}")
     return _nystrom(
         core.contiguous(),
         metric.contiguous(),
         ceiling.contiguous(),
+        None if trace is None else trace.contiguous(),
         float(tolerance),
         GOALS.index(goal),
     )
 
 
 def _run(
-    core: Tensor, metric: Tensor, ceiling: Tensor, tolerance: float, goal: int
+    core: Tensor,
+    metric: Tensor,
+    ceiling: Tensor,
+    trace: Tensor | None,
+    tolerance: float,
+    goal: int,
 ) -> tuple[Tensor, Tensor]:
     module = _native.load(core.device)
     mixing, summary = _empty_results(core)
     count, width = core.shape[:2]
     scratch = core.new_empty(SCRATCH_MATRICES * core.numel() if core.device.type == "cuda" else 0)
-    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr(), count, width, tolerance, goal
+    inputs = core.data_ptr(), metric.data_ptr(), ceiling.data_ptr()
+    bound = 0 if trace is None else trace.data_ptr()
     outputs = scratch.data_ptr(), mixing.data_ptr(), summary.data_ptr()
-    _native.call(module, "nystrom", *inputs, *outputs, device=core.device)
+    numbers = count, width, tolerance, goal
+    _native.call(module, "nystrom", *inputs, bound, *numbers, *outputs, device=core.device)
     return mixing, summary
 
 
@@ -96,14 +112,16 @@ def _empty_results(core: Tensor, *given: object) -> tuple[Tensor, Tensor]:
 
 _nystrom = define_operator(
     "nystrom",
-    "(Tensor core, Tensor metric, Tensor ceiling, float tolerance, int goal) -> (Tensor, Tensor)",
+    "(Tensor core, Tensor metric, Tensor ceiling, Tensor? trace, float tolerance, int goal)"
+    " -> (Tensor, Tensor)",
     _run,
     _empty_results,
 )
 
 
-def _check(core: Tensor, metric: Tensor, ceiling: Tensor) -> None:
-    given = {"core": core, "metric": metric, "ceiling": ceiling}
+def _check(core: Tensor, metric: Tensor, ceiling: Tensor, trace: Tensor | None) -> None:
+    bounds = {"ceiling": ceiling} if trace is None else {"ceiling": ceiling, "trace": trace}
+    given = {"core": core, "metric": metric, **bounds}
     for name, tensor in given.items():
         if tensor.dtype != torch.float64:
             raise EvaTypeError(f"{name} must be float64, not {tensor.dtype}")
@@ -112,7 +130,8 @@ def _check(core: Tensor, metric: Tensor, ceiling: Tensor) -> None:
     if core.dim() != 3 or core.shape[1] != core.shape[2] or metric.shape != core.shape:
         shapes = f"{tuple(core.shape)} and {tuple(metric.shape)}"
         raise EvaValueError(f"core and metric must both be (L, Q, Q), not {shapes}")
-    if ceiling.shape != core.shape[:1]:
-        raise EvaValueError(f"ceiling must be ({len(core)},), not {tuple(ceiling.shape)}")
+    for name, bound in bounds.items():
+        if bound.shape != core.shape[:1]:
+            raise EvaValueError(f"{name} must be ({len(core)},), not {tuple(bound.shape)}")
     if core.shape[1] > MAX_WIDTH:
         raise EvaValueError(f"Q is at most {MAX_WIDTH}, not {core.shape[1]}")

@@ -116,6 +116,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sketches)
 
+    @property
+    def trace(self) -> Tensor:
+        """The trace of the C that :meth:`image` multiplies, float64 (L,)."""
+        return self.numbers[:, HEADER_SIZE:].sum(1) + self.scalars[:, 1]
+
     def image(self, chunk: slice, basis: Tensor, basis64: Tensor | None = None) -> Tensor:
         """Return ``Y = V C`` as rows, float64 (l, Q, D).
 
@@ -291,6 +296,11 @@ class GramBatch(Batch):
         share = self._share[chunk].reshape(-1, *[1] * (right.dim() - 1))
         return torch.addcmul(scatter, left, right * share)
 
+    @property
+    def trace(self) -> Tensor:
+        """See :class:`Batch`."""
+        return self.scalars[:, 1]
+
     def image(self, chunk: slice, basis: Tensor, basis64: Tensor | None = None) -> Tensor:
         """See :class:`Batch`; for the exact C."""
         products, shift = stacked([s.products for s in self.sums[chunk]]), self._shift[chunk]
@@ -306,7 +316,8 @@ def decompose(batches: Sequence[Batch]) -> None:
     for group in groups.values():
         cores, metrics = zip(*(batch.measure() for batch in group), strict=True)
         ceiling = joined([batch.ceiling for batch in group])
-        decomposition = nystrom(joined(cores), joined(metrics), ceiling, group[0].dtype)
+        trace = joined([batch.trace for batch in group])
+        decomposition = nystrom(joined(cores), joined(metrics), ceiling, trace, group[0].dtype)
         sizes = [len(batch) for batch in group]
         parts = zip(
             group,

@@ -6,6 +6,7 @@ See "Fold" in this folder's README. Shapes have a leading batch axis L; everythi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,12 @@ __all__ = [
 
 # Squares below this fraction of the largest are rounding noise (singular values below 1e-6 of it).
 NOISE = 1e-12
+# If the eigenvalues sum to more than the trace of C, by this fraction of it, diagonal entries above
+# NOISE were noise as well: sums of low precision leave some in rows that the data do not reach, and
+# its inverse makes it an eigenvalue of any size. Then higher fractions are tried. Sums of tokens in
+# full precision exceed the trace by up to 1e-4 of it.
+EXCESS = 5e-4
+RETRIED_NOISE = (1e-10, 1e-8, 1e-6, 1e-4)
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
 CUT = 1e-6
 # Rows of eigenvalues below this fraction of the largest need a second orthogonalisation: they miss
@@ -72,40 +79,48 @@ class Nystrom:
         return self.summary[:, 2 + self.mixing.shape[1] :]
 
 
-def nystrom(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
+def nystrom(
+    core: Tensor, metric: Tensor, ceiling: Tensor, trace: Tensor, dtype: torch.dtype
+) -> Nystrom:
     """Decompose C from ``Y = V C``, the image of a basis V of orthonormal rows.
 
     ``C ~ Y^T B^-1 Y``, with B^-1 truncated where the scaled matrix is singular (Tropp, Yurtsever,
     Udell and Cevher 2017, arXiv 1706.05736).
 
     Args:
-        core: ``B = Y V^T``, (L, Q, Q); overwritten.
-        metric: ``Y Y^T``, (L, Q, Q); overwritten.
+        core: ``B = Y V^T``, (L, Q, Q).
+        metric: ``Y Y^T``, (L, Q, Q).
         ceiling: upper bound of the rank, (L,).
+        trace: of C, (L,): the eigenvalues do not sum to more.
         dtype: that the rows will be rounded to.
 
     Numerics: where reads are free, a triangular whitener if it is safe, eigenvectors otherwise;
         elsewhere without a host decision: native code decides on the device, PyTorch always takes
         eigenvectors and corrects the rows by their Gram matrix. Native code does not need that
-        correction, thanks to the graded accuracy of Jacobi's method. NaN in gives rank 0.
+        correction, thanks to the graded accuracy of Jacobi's method. NaN in gives rank 0. PyTorch
+        on an accelerator does not use the trace, since that takes a decision.
     """
     if runs_natively(core):
-        return Nystrom(*ops.nystrom(core, metric, ceiling, OVERLAP_TOLERANCE[dtype]))
-    return nystrom_plain(core, metric, ceiling, dtype)
+        tolerance = OVERLAP_TOLERANCE[dtype]
+        return Nystrom(*ops.nystrom(core, metric, ceiling, tolerance, trace=trace))
+    return nystrom_plain(core, metric, ceiling, trace, dtype)
 
 
-def nystrom_plain(core: Tensor, metric: Tensor, ceiling: Tensor, dtype: torch.dtype) -> Nystrom:
+def nystrom_plain(
+    core: Tensor, metric: Tensor, ceiling: Tensor, trace: Tensor, dtype: torch.dtype
+) -> Nystrom:
     """As :func:`nystrom`, by PyTorch."""
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
-    scale = _graded_scale(core)
-    outer = scale[:, :, None] * scale[:, None, :]
-    # Symmetric up to rounding: the factorisations below read the lower triangle only.
-    core, metric = core.mul_(outer), metric.mul_(outer)
     reads_are_free = _host.reads_are_free(core.device)
-    whitener = _whitener(core) if reads_are_free else _eigen_whitener(*eigh(core))
-    image = whitener.mT @ metric @ whitener
-    squares, rotation = lapack_eigh(image) if reads_are_free else eigh(image)
-    squares, rotation = squares.flip(1), rotation.flip(2)
+    found = _white_eigenpairs(core, metric, NOISE)
+    for noise in RETRIED_NOISE if reads_are_free else ():
+        exceeding = found.squares.clamp(min=0).sum(1) > (1 + EXCESS) * trace
+        if not exceeding.any():
+            break
+        again = _white_eigenpairs(core[exceeding], metric[exceeding], noise)
+        for part, new_part in zip(found, again, strict=True):
+            part[exceeding] = new_part
+    scale, metric, whitener, squares, rotation = found
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
     rank = torch.minimum(rank, ceiling.to(rank.dtype))
@@ -174,14 +189,43 @@ def _with_rank_only(mixing: Tensor, rank: Tensor) -> Nystrom:
     return Nystrom(mixing, summary)
 
 
-def _graded_scale(core: Tensor) -> Tensor:
-    """Return factors that scale B to a unit diagonal, 0 where that is noise, (L, Q).
+class _WhiteEigenpairs(NamedTuple):
+    """Eigenpairs of ``T^T S (Y Y^T) S T``, where ``S B S`` has a unit diagonal and T whitens it.
+
+    Attributes:
+        scale: the diagonal of S, (L, Q).
+        metric: ``S (Y Y^T) S``, (L, Q, Q).
+        whitener: T, (L, Q, Q).
+        squares, rotation: eigenvalues, descending, (L, Q); eigenvectors as columns, (L, Q, Q).
+    """
+
+    scale: Tensor
+    metric: Tensor
+    whitener: Tensor
+    squares: Tensor
+    rotation: Tensor
+
+
+def _white_eigenpairs(core: Tensor, metric: Tensor, noise: float) -> _WhiteEigenpairs:
+    scale = _graded_scale(core, noise)
+    outer = scale[:, :, None] * scale[:, None, :]
+    # Symmetric up to rounding: the factorisations below read the lower triangle only.
+    core, metric = core * outer, metric * outer
+    reads_are_free = _host.reads_are_free(core.device)
+    whitener = _whitener(core) if reads_are_free else _eigen_whitener(*eigh(core))
+    image = whitener.mT @ metric @ whitener
+    squares, rotation = lapack_eigh(image) if reads_are_free else eigh(image)
+    return _WhiteEigenpairs(scale, metric, whitener, squares.flip(1), rotation.flip(2))
+
+
+def _graded_scale(core: Tensor, noise: float) -> Tensor:
+    """Return factors that scale B to a unit diagonal, 0 up to ``noise`` of the largest, (L, Q).
 
     Entries are graded (activations of language models have outlier features), so this comes before
     any test for singularity.
     """
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
-    floor = captured.amax(1, keepdim=True) * NOISE
+    floor = captured.amax(1, keepdim=True) * noise
     return torch.where(captured > floor, captured.rsqrt(), 0.0)
 
 

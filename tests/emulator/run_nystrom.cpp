@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <numeric>
 
 #include "cuda_emulator.h"
 // after the emulator, which replaces the CUDA headers
@@ -67,7 +68,7 @@ struct Problem {
   int width;
   std::vector<Layer> layers;
   std::vector<Rows> images{};
-  Doubles core{}, metric{}, ceiling{}, mixing{}, summary{};
+  Doubles core{}, metric{}, ceiling{}, trace{}, mixing{}, summary{};
 
   Problem(int w, std::vector<Layer> given) : width(w), layers(std::move(given)) {
     std::mt19937 random(w);
@@ -105,6 +106,10 @@ struct Problem {
         basis[i][i] = 1.0 / image[i][i];
       }
     }
+    const bool unreached = layer.name == "unreached";
+    if (unreached) {  // a row orthogonal to the data, whose image is rounding noise
+      for (int d = 0; d < features; ++d) image.back()[d] = 3e-6 * layer.squares[0] * vectors[0][d];
+    }
     for (int i = 0; i < width; ++i) {
       for (int j = 0; j < width; ++j) {
         // Only the lower triangle of core is read.
@@ -112,16 +117,29 @@ struct Problem {
         metric.push_back(dot(image[i], image[j]));
       }
     }
+    if (unreached) {  // a third of the largest eigenvalue would be added
+      std::fill(core.end() - width, core.end(), 0.0);
+      core.back() = 3.0 * dot(image.back(), image.back()) / layer.squares[0];
+    }
     if (layer.name == "NaN") core[core.size() - width] = kNan;
     if (layer.name == "NaN in metric") metric.back() = kNan;
     ceiling.push_back(layer.ceiling);
+    trace.push_back(std::accumulate(layer.squares.begin(), layer.squares.end(), 0.0));
     images.push_back(image);
   }
 
   NystromArgs args(int goal) {
-    return {core.data(),   metric.data(), ceiling.data(), static_cast<int64_t>(layers.size()),
-            width,         kLoose,        goal,           nullptr,
-            mixing.data(), summary.data()};
+    return {core.data(),
+            metric.data(),
+            ceiling.data(),
+            trace.data(),
+            static_cast<int64_t>(layers.size()),
+            width,
+            kLoose,
+            goal,
+            nullptr,
+            mixing.data(),
+            summary.data()};
   }
 
   NystromSummary of(int layer) { return summary_of(args(kNystromSolve), layer); }
@@ -261,6 +279,7 @@ std::vector<Layer> layers_of(int width) {
           {"few tokens", decaying(width, 0.9), 1e-2, std::floor(width / 3.0)},
           {"nearly singular", decaying(2 * width, std::pow(1e-7, 1.0 / width)), 0.0},
           {"noise", with_noise(width), 0.0},
+          {"unreached", decaying((width + 1) / 2, 0.9), 0.0},
           {"nothing", {0.0}, 0.0},
           {"NaN", decaying(width, 0.9), 1e-2},
           {"NaN in metric", decaying(width, 0.9), 1e-2}};
@@ -273,6 +292,12 @@ void check(int width, unsigned seeds) {
   Problem first = given;
   run_on_device(first, kNystromSolve, true, 0);
   compare(first, reference);
+  for (size_t i = 0; i < given.layers.size() && width > 1; ++i) {
+    if (given.layers[i].name.rfind("NaN", 0) == 0) continue;
+    const double* squares = reference.of(i).squares;
+    const double sum = std::accumulate(squares, squares + width, 0.0);
+    require(sum <= (1.0 + kNystromExcess) * given.trace[i], given.layers[i].name + ": sum");
+  }
   for (unsigned seed = 1; seed <= seeds; ++seed) {
     Problem other = given;
     run_on_device(other, kNystromSolve, seed % 2 == 0, seed);

@@ -41,13 +41,14 @@ class Problem:
         self.core = (self.image @ self.basis.mT)[None]
         self.metric = (self.image @ self.image.mT)[None]
         self.ceiling = torch.full((1,), 1e6, dtype=torch.float64, device=device)
+        self.trace = spectrum.sum()[None]
 
     def solve(self, **options: str) -> Nystrom:
-        return Nystrom(*nystrom(self.core, self.metric, self.ceiling, LIMIT, **options))
+        given = self.core, self.metric, self.ceiling, LIMIT
+        return Nystrom(*nystrom(*given, trace=self.trace, **options))
 
     def plain(self) -> Nystrom:
-        given = self.core.clone(), self.metric.clone(), self.ceiling
-        return nystrom_plain(*given, torch.float32)
+        return nystrom_plain(self.core, self.metric, self.ceiling, self.trace, torch.float32)
 
     def rows(self, found: Nystrom) -> Tensor:
         return found.mixing[0].mT @ self.image
@@ -126,8 +127,9 @@ def test_rank_excludes_squares_below_rounding(
     image = basis * torch.tensor([1.0, least], dtype=torch.float64, device=device)
     core, metric = (image @ basis.mT)[None], (image @ image.mT)[None]
     ceiling = torch.full((1,), 1e6, dtype=torch.float64, device=device)
-    native = Nystrom(*nystrom(core, metric, ceiling, LIMIT))
-    for found in (native, nystrom_plain(core, metric, ceiling, torch.float32)):
+    trace = torch.full_like(ceiling, 1 + least)
+    native = Nystrom(*nystrom(core, metric, ceiling, LIMIT, trace=trace))
+    for found in (native, nystrom_plain(core, metric, ceiling, trace, torch.float32)):
         assert found.rank.item() == rank
         assert found.squares[0, 0].item() == pytest.approx(1, rel=1e-9)
         assert found.squares[0, 1].item() == (pytest.approx(least, rel=1e-3) if rank == 2 else 0)
@@ -139,12 +141,34 @@ def test_native_unevenness_depends_on_the_dtype(
 ) -> None:
     monkeypatch.setattr(nystrom_module, "runs_natively", lambda core: True)
     problem = Problem(16, decaying(26, 3e-6), device)
-    given = problem.core.clone(), problem.metric.clone(), problem.ceiling
+    given = problem.core, problem.metric, problem.ceiling, problem.trace
     found = nystrom_module.nystrom(*given, dtype)
     rows = problem.rows(found)
     missed = (rows @ rows.mT - torch.eye(16, dtype=torch.float64, device=device)).abs().max()
     assert 1e-11 < missed < 1e-8  # otherwise the last assertion proves nothing
     assert (found.rank.item(), found.uneven.item()) == (16, uneven)
+
+
+@pytest.mark.parametrize("noise", [3e-11, 3e-9, 3e-7, 3e-5])
+@pytest.mark.parametrize("solver", ["solve", "plain"])
+def test_rows_that_the_data_do_not_reach_add_no_eigenvalue(
+    solver: str, noise: float, device: torch.device
+) -> None:
+    """The image of the last row is rounding noise, along the data, and so is its product."""
+    spectrum = torch.cat([decaying(5), torch.zeros(19)])
+    problem = Problem(8, spectrum, device)
+    expected = getattr(problem, solver)().squares
+    peak = problem.core.diagonal(dim1=1, dim2=2).max()
+    problem.core[0, -1], problem.core[0, :, -1] = 0, 0
+    problem.core[0, -1, -1] = noise * peak
+    problem.image[-1] = problem.image[0] * (noise * peak * spectrum[0]).sqrt() / 2
+    problem.image[-1] /= problem.image[0].norm()
+    problem.metric = (problem.image @ problem.image.mT)[None]
+    found = getattr(problem, solver)()
+    assert found.rank == 5
+    torch.testing.assert_close(found.squares, expected, rtol=1e-9, atol=1e-9)
+    problem.trace = problem.trace.new_full((1,), torch.inf)  # what the noise would be without
+    assert getattr(problem, solver)().squares.sum() > 1.05 * expected.sum()
 
 
 def test_native_orthogonalisation_of_rows_of_different_lengths(device: torch.device) -> None:
@@ -176,7 +200,8 @@ def test_plain_layers_are_independent(device: torch.device) -> None:
     problems = [Problem(9, decaying(12, least), device, 0.01) for least in (1e-3, 1e-9)]
     problems[1].core *= 1e14
     problems[1].metric *= 1e28
-    names = ("core", "metric", "ceiling")
+    problems[1].trace *= 1e14
+    names = ("core", "metric", "ceiling", "trace")
     given = [torch.cat([getattr(p, name) for p in problems]) for name in names]
     found = nystrom_plain(*given, torch.float32)
     for i, problem in enumerate(problems):
@@ -269,9 +294,10 @@ def test_native_orthogonalisation_drops_rounding_noise(device: torch.device) -> 
 
 def test_native_operator_passes_opcheck(device: torch.device) -> None:
     problem = Problem(5, decaying(20), device)
-    given = problem.core, problem.metric, problem.ceiling, LIMIT, 0
-    checked = opcheck(torch.ops.eva_kernels.nystrom.default, given)
-    assert set(checked.values()) == {"SUCCESS"}
+    for trace in (None, problem.trace):
+        given = problem.core, problem.metric, problem.ceiling, trace, LIMIT, 0
+        checked = opcheck(torch.ops.eva_kernels.nystrom.default, given)
+        assert set(checked.values()) == {"SUCCESS"}
 
 
 @pytest.mark.skipif(compiler_missing(), reason="needs g++ for a device guard")

@@ -300,7 +300,8 @@ def test_uneven_rows_are_flagged() -> None:
     for _ in range(2):
         image = (basis @ matrix)[None]
         ceiling = torch.tensor([1e6], dtype=torch.float64)
-        found = nystrom(image @ basis.mT, image @ image.mT, ceiling, torch.float32)
+        trace = matrix.trace()[None]
+        found = nystrom(image @ basis.mT, image @ image.mT, ceiling, trace, torch.float32)
         rows = (found.mixing.mT @ image)[0]
         deviations.append(orthonormality(rows))
         flags.append(bool(found.uneven))

@@ -288,7 +288,8 @@ def nystrom_of(matrix: Tensor, width: int, count: float = 1e6) -> tuple[Tensor, 
     basis = random_basis(width, len(matrix), seed=3)
     image = (basis @ matrix)[None]
     ceiling = torch.tensor([count - 1], dtype=torch.float64)
-    found = nystrom(image @ basis.mT, image @ image.mT, ceiling, torch.float64)
+    trace = matrix.trace()[None]
+    found = nystrom(image @ basis.mT, image @ image.mT, ceiling, trace, torch.float64)
     rows, rank = (found.mixing.mT @ image)[0], int(found.rank[0])
     rows = repair_basis(rows, rank) if found.uneven[0] else rows
     return rows, found.squares[0], found.rank[0], found.captured[0]

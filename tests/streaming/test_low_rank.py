@@ -1,0 +1,47 @@
+"""Tokens of lower rank than the sketch: rows that they do not reach add no variance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_kernels import IncrementalPCA
+
+
+def tokens_of_rank(rank: int, features: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(rank, features, generator=generator)
+    return torch.randn(count, rank, generator=generator) @ rows
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("dtype", "precision", "limit"),
+    [
+        (torch.float32, "high", 5e-5),
+        (torch.bfloat16, "high", 5e-5),
+        (torch.float16, "high", 5e-5),
+        (torch.float16, "fast", 5e-3),
+    ],
+)
+def test_variances_are_not_overestimated(
+    dtype: torch.dtype,
+    precision: str,
+    limit: float,
+    seed: int,
+    repeated: bool,
+    device: torch.device,
+) -> None:
+    x = tokens_of_rank(5 + seed, 64, 128, seed).to(dtype)
+    if repeated:
+        x = x[torch.randint(6, (128,), generator=torch.Generator().manual_seed(seed))]
+    options = {"method": "sketch", "precision": precision, "backend": "triton"}
+    found = IncrementalPCA(12, **options).partial_fit(x.to(device))
+    centred = x.double() - x.double().mean(0)
+    exact = torch.linalg.svdvals(centred).square()[:12]
+    squares = found.singular_values_.double().cpu().square()
+    assert ((squares - exact) / exact.sum()).max() < limit
+    if not repeated:  # rounding to 16 bits makes it full rank, with little variance
+        assert float(found.explained_variance_ratio_.sum()) == pytest.approx(1, abs=limit + 1e-4)
