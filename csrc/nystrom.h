@@ -52,7 +52,7 @@ constexpr double kNystromNoise = 1e-12;
 // If the eigenvalues sum to more than the trace, by this fraction of it, diagonal entries above
 // that were noise as well, and so many times a higher fraction is tried.
 constexpr double kNystromExcess = 5e-4;
-constexpr int kNystromRetries = 4;
+constexpr int kNystromRetries = 2;
 
 EVA_HOST_DEVICE inline double nystrom_noise(int retry) {
   double noise = kNystromNoise;

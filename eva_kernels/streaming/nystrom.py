@@ -32,10 +32,10 @@ __all__ = [
 NOISE = 1e-12
 # If the eigenvalues sum to more than the trace of C, by this fraction of it, diagonal entries above
 # NOISE were noise as well: sums of low precision leave some in rows that the data do not reach, and
-# its inverse makes it an eigenvalue of any size. Then higher fractions are tried. Sums of tokens in
-# full precision exceed the trace by up to 1e-4 of it.
+# its inverse makes it an eigenvalue of any size. Then higher fractions are tried, but none that
+# would matter if it is the largest eigenvalue that is too large.
 EXCESS = 5e-4
-RETRIED_NOISE = (1e-10, 1e-8, 1e-6, 1e-4)
+RETRIED_NOISE = (1e-10, 1e-8)
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
 CUT = 1e-6
 # Rows of eigenvalues below this fraction of the largest need a second orthogonalisation: they miss

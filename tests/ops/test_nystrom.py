@@ -149,7 +149,7 @@ def test_native_unevenness_depends_on_the_dtype(
     assert (found.rank.item(), found.uneven.item()) == (16, uneven)
 
 
-@pytest.mark.parametrize("noise", [3e-11, 3e-9, 3e-7, 3e-5])
+@pytest.mark.parametrize("noise", [3e-11, 3e-9])
 @pytest.mark.parametrize("solver", ["solve", "plain"])
 def test_rows_that_the_data_do_not_reach_add_no_eigenvalue(
     solver: str, noise: float, device: torch.device

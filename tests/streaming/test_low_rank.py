@@ -17,31 +17,17 @@ def tokens_of_rank(rank: int, features: int, count: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("repeated", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(
-    ("dtype", "precision", "limit"),
-    [
-        (torch.float32, "high", 5e-5),
-        (torch.bfloat16, "high", 5e-5),
-        (torch.float16, "high", 5e-5),
-        (torch.float16, "fast", 5e-3),
-    ],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_variances_are_not_overestimated(
-    dtype: torch.dtype,
-    precision: str,
-    limit: float,
-    seed: int,
-    repeated: bool,
-    device: torch.device,
+    dtype: torch.dtype, seed: int, repeated: bool, device: torch.device
 ) -> None:
     x = tokens_of_rank(5 + seed, 64, 128, seed).to(dtype)
     if repeated:
         x = x[torch.randint(6, (128,), generator=torch.Generator().manual_seed(seed))]
-    options = {"method": "sketch", "precision": precision, "backend": "triton"}
-    found = IncrementalPCA(12, **options).partial_fit(x.to(device))
+    found = IncrementalPCA(12, method="sketch", backend="triton").partial_fit(x.to(device))
     centred = x.double() - x.double().mean(0)
     exact = torch.linalg.svdvals(centred).square()[:12]
     squares = found.singular_values_.double().cpu().square()
-    assert ((squares - exact) / exact.sum()).max() < limit
+    assert ((squares - exact) / exact.sum()).max() < 5e-5
     if not repeated:  # rounding to 16 bits makes it full rank, with little variance
-        assert float(found.explained_variance_ratio_.sum()) == pytest.approx(1, abs=limit + 1e-4)
+        assert float(found.explained_variance_ratio_.sum()) == pytest.approx(1, abs=1e-4)
