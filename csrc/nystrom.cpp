@@ -221,7 +221,7 @@ void solve(const NystromArgs& args, int64_t layer) {
   }
   const double* trace = args.trace == nullptr ? nullptr : args.trace + layer;
   auto found = solution(core, metric, kNystromNoise);
-  for (int i = 1; i <= kNystromRetries && found && exceeds_trace(found->pairs.values, trace); ++i) {
+  for (int i = 1; i <= kNystromTries && found && exceeds_trace(found->pairs.values, trace); ++i) {
     found = solution(core, metric, nystrom_noise(i));
   }
   if (!found) return finish(Matrix(width), 0, true);

@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kEighMaxThreads) nystrom_kernel(NystromArgs ar
       write_failure(width, summary, mixing);
       return;
     }
-    if (retry == kNystromRetries || !exceeds_trace(block, args, layer)) break;
+    if (retry == kNystromTries || !exceeds_trace(block, args, layer)) break;
   }
   const int rank = normalise(block, b, ceiling, c, summary.squares);
   multiply(c, a, width, b, mixing);  // the new rows as linear combinations of those of Y

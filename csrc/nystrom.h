@@ -50,13 +50,15 @@ EVA_HOST_DEVICE inline NystromSummary summary_of(const NystromArgs& args, int64_
 // fraction of the largest are rounding noise.
 constexpr double kNystromNoise = 1e-12;
 // If the eigenvalues sum to more than the trace, by this fraction of it, diagonal entries above
-// that were noise as well, and so many times a higher fraction is tried.
+// that were noise as well, and higher fractions are tried: so many in all.
 constexpr double kNystromExcess = 5e-4;
-constexpr int kNystromRetries = 2;
+constexpr int kNystromTries = 3;
 
+// After the last try it is the first again: fractions that do not end the excess only cost small
+// eigenvalues.
 EVA_HOST_DEVICE inline double nystrom_noise(int retry) {
   double noise = kNystromNoise;
-  for (int i = 0; i < retry; ++i) noise *= 100.0;
+  for (int i = 0; i < retry % kNystromTries; ++i) noise *= 100.0;
   return noise;
 }
 

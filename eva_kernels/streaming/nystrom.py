@@ -32,8 +32,9 @@ __all__ = [
 NOISE = 1e-12
 # If the eigenvalues sum to more than the trace of C, by this fraction of it, diagonal entries above
 # NOISE were noise as well: sums of low precision leave some in rows that the data do not reach, and
-# its inverse makes it an eigenvalue of any size. Then higher fractions are tried, but none that
-# would matter if it is the largest eigenvalue that is too large.
+# its inverse makes it an eigenvalue of any size. Then higher fractions are tried. One that does not
+# end the excess is not kept, since it would only cost small components: with sums of 8 bits the
+# largest eigenvalue may exceed the trace by itself.
 EXCESS = 5e-4
 RETRIED_NOISE = (1e-10, 1e-8)
 # Directions of the scaled (Q, Q) matrix below this eigenvalue carry no information about C.
@@ -113,13 +114,8 @@ def nystrom_plain(
     captured = core.diagonal(dim1=1, dim2=2).clamp(min=0)
     reads_are_free = _host.reads_are_free(core.device)
     found = _white_eigenpairs(core, metric, NOISE)
-    for noise in RETRIED_NOISE if reads_are_free else ():
-        exceeding = found.squares.clamp(min=0).sum(1) > (1 + EXCESS) * trace
-        if not exceeding.any():
-            break
-        again = _white_eigenpairs(core[exceeding], metric[exceeding], noise)
-        for part, new_part in zip(found, again, strict=True):
-            part[exceeding] = new_part
+    if reads_are_free:
+        _solve_exceeding_again(found, core, metric, trace)
     scale, metric, whitener, squares, rotation = found
 
     rank = (squares > NOISE * squares[:, :1]).sum(1)
@@ -216,6 +212,25 @@ def _white_eigenpairs(core: Tensor, metric: Tensor, noise: float) -> _WhiteEigen
     image = whitener.mT @ metric @ whitener
     squares, rotation = lapack_eigh(image) if reads_are_free else eigh(image)
     return _WhiteEigenpairs(scale, metric, whitener, squares.flip(1), rotation.flip(2))
+
+
+def _solve_exceeding_again(
+    found: _WhiteEigenpairs, core: Tensor, metric: Tensor, trace: Tensor
+) -> None:
+    """Overwrite layers whose eigenvalues exceed the trace, if a higher noise floor mends that."""
+    layers = torch.nonzero(_exceeds(found.squares, trace)).flatten()
+    for noise in RETRIED_NOISE:
+        if not layers.numel():
+            break
+        again = _white_eigenpairs(core[layers], metric[layers], noise)
+        exceeding = _exceeds(again.squares, trace[layers])
+        for part, new_part in zip(found, again, strict=True):
+            part[layers[~exceeding]] = new_part[~exceeding]
+        layers = layers[exceeding]
+
+
+def _exceeds(squares: Tensor, trace: Tensor) -> Tensor:
+    return squares.clamp(min=0).sum(1) > (1 + EXCESS) * trace
 
 
 def _graded_scale(core: Tensor, noise: float) -> Tensor:

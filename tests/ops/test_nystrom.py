@@ -171,6 +171,18 @@ def test_rows_that_the_data_do_not_reach_add_no_eigenvalue(
     assert getattr(problem, solver)().squares.sum() > 1.05 * expected.sum()
 
 
+@pytest.mark.parametrize("solver", ["solve", "plain"])
+def test_an_excess_of_the_largest_eigenvalue_costs_no_small_ones(
+    solver: str, device: torch.device
+) -> None:
+    problem = Problem(8, decaying(8, 1e-11), device, 1e-6)
+    expected = getattr(problem, solver)()
+    problem.trace *= 0.99
+    found = getattr(problem, solver)()
+    assert found.rank == 8
+    assert torch.equal(found.summary, expected.summary)
+
+
 def test_native_orthogonalisation_of_rows_of_different_lengths(device: torch.device) -> None:
     problem = Problem(8, decaying(20), device)
     lengths = torch.logspace(0, -9, 8, dtype=torch.float64, device=device)

@@ -31,3 +31,15 @@ def test_variances_are_not_overestimated(
     assert ((squares - exact) / exact.sum()).max() < 5e-5
     if not repeated:  # rounding to 16 bits makes it full rank, with little variance
         assert float(found.explained_variance_ratio_.sum()) == pytest.approx(1, abs=1e-4)
+
+
+def test_rounding_of_an_outlier_feature_costs_no_other_component(device: torch.device) -> None:
+    """Sums of 8 bits make the feature's own eigenvalue exceed the trace."""
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(1))
+    x *= torch.logspace(0, -2, 64)
+    x[:, 7] *= 1e5 / x[:, 7].std()
+    found = IncrementalPCA(8, method="sketch", backend="triton", precision="fast")
+    for step in x.split(64):
+        found.partial_fit(step.to(device))
+    exact = torch.linalg.svdvals(x.double() - x.double().mean(0))[:8]
+    torch.testing.assert_close(found.singular_values_.double().cpu(), exact, rtol=0.05, atol=0)
