@@ -243,7 +243,7 @@ def _check_names(config: LoraConfig) -> None:
             raise EvaTypeError(f"{option}={given!r} must name layers by strings")
         for name in names if is_pattern or isinstance(given, str) else ():
             try:
-                re.compile(name)
+                re.compile(rf"(.*\.)?({name})$" if is_pattern else name)  # as PEFT does
             except re.error as error:
                 raise EvaValueError(
                     f"{option}: {name!r} is not a regular expression ({error}); correct it, or "

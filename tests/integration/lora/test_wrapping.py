@@ -114,6 +114,10 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         {"alpha_pattern": {"q_proj[": 3}},
         r"^alpha_pattern: 'q_proj\[' is not a regular expression \(unterminated",
     ),
+    "flags within the expression that PEFT makes of a pattern": (
+        {"rank_pattern": {"(?i)Q_proj": 3}},
+        r"^rank_pattern: '\(\?i\)Q_proj' is not a regular expression \(global flags",
+    ),
 }
 
 
