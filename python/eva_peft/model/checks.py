@@ -226,7 +226,7 @@ def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
     _check_finite("lora_alpha", config.lora_alpha)
     for key, alpha in config.alpha_pattern.items():
         _check_finite(f"alpha_pattern[{key!r}]", alpha)
-    if config.eva_config is not None:
+    if config.eva_config is not None and config.eva_config.use_label_mask:
         _check_finite("label_mask_value", config.eva_config.label_mask_value)
     return config
 

@@ -132,6 +132,11 @@ def test_configs_that_peft_rejects_fail_before_the_pass(case: str) -> None:
         assert not calls
 
 
+def test_a_label_mask_value_that_is_not_read_may_be_missing() -> None:
+    config = lora(use_label_mask=False, label_mask_value=None)
+    eva_kernels.initialize(make_mlp(), vectors(), config, max_steps=3, **QUIET)
+
+
 @pytest.mark.parametrize("name", ["a.b", "", 3])
 def test_invalid_adapter_names_are_rejected(name: Any) -> None:
     with check_unchanged(make_mlp()) as calls:
