@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from .._peft_compat import (
     LoraConfig,
@@ -199,8 +199,8 @@ def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
 
 
 def plain_number(value: Any) -> Any:
-    """Convert NumPy numbers, also in collections, to Python's; anything else is unchanged."""
-    if isinstance(value, (np.generic, np.ndarray)):
+    """Convert NumPy's and torch's numbers, also in collections, to Python's; nothing else."""
+    if isinstance(value, (np.generic, np.ndarray, Tensor)):
         return value.tolist()
     if isinstance(value, dict):
         return {plain_number(key): plain_number(item) for key, item in value.items()}
@@ -210,7 +210,7 @@ def plain_number(value: Any) -> Any:
 
 
 def _with_plain_numbers(config: LoraConfig) -> LoraConfig:
-    # NumPy numbers cannot be saved as JSON, by us or by PEFT
+    # other numbers cannot be saved as JSON, by us or by PEFT
     config = copy(config)
     config.eva_config = copy(eva_config_or_none(config))
     for part in filter(None, (config, config.eva_config)):

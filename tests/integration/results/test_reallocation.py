@@ -177,13 +177,15 @@ def test_unknown_options_are_named(prepared: bool, llama_result: EvaResult) -> N
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_numpy_numbers_in_a_config_are_accepted(prepared: bool, tmp_path: Path) -> None:
+def test_numbers_of_numpy_and_torch_in_a_config_are_accepted(
+    prepared: bool, tmp_path: Path
+) -> None:
     config = lora(
         r=np.int64(4),
         rho=np.float32(2),
         lora_alpha=np.float32(8),
         rank_pattern={"2": np.int32(3)},
-        alpha_pattern={"2": np.int64(5)},
+        alpha_pattern={"2": torch.tensor(5)},
         target_modules=["0", "2"],
     )
     base = make_mlp()
