@@ -99,7 +99,7 @@ answer = {"devices": cuda.device_count()}
 fold = (0, 1, 1, 1, 0, 0, 0)
 calls = {"convergence": (0, 1, 1, 0.5, 0, 0), "eigh": (0, 1, 1, 0, 0)}
 calls |= {"fold_prepare": (*fold, 0, 0), "fold_measure": (*fold, 16, 0, 0, 0)}
-calls |= {"fold_rows": (*fold, 0, 0, 0, 0), "nystrom": (0, 0, 0, 1, 1, 0.0, 0, 0, 0, 0)}
+calls |= {"fold_rows": (*fold, 0, 0, 0, 0), "nystrom": (0, 0, 0, 0, 1, 1, 0.0, 0, 0, 0, 0)}
 calls["start"] = (0, 0, 0, 0, 0, 1, 1, 1.0, 16, 0)
 for name, arguments in calls.items():
     try:
