@@ -190,12 +190,16 @@ def checked_number(name: str, value: Any, kind: Any = Integral) -> Any:
     Raises:
         EvaTypeError: not of this kind. EvaValueError: below 1.
     """
-    if isinstance(value, bool) or not isinstance(value, kind):
-        wanted = "a whole number" if kind is Integral else "a number"
-        raise EvaTypeError(f"{name}={value!r} must be {wanted}")
+    _check_kind(name, value, kind)
     if not value >= 1:
         raise EvaValueError(f"{name}={value} must be at least 1")
     return plain_number(value)
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        wanted = "a whole number" if kind is Integral else "a number"
+        raise EvaTypeError(f"{name}={value!r} must be {wanted}")
 
 
 def plain_number(value: Any) -> Any:
@@ -252,7 +256,6 @@ def _check_names(config: LoraConfig) -> None:
 
 
 def _check_finite(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise EvaTypeError(f"{name}={value!r} must be a number")
+    _check_kind(name, value, Real)
     if not math.isfinite(value):
         raise EvaValueError(f"{name}={value} must be finite")
