@@ -53,7 +53,8 @@ class Nystrom:
 
     Attributes:
         mixing: (L, Q, Q); ``mixing^T Y`` are the new rows, zero beyond the rank.
-        summary: the numbers that the host reads, (L, 2 + 2 Q): the columns that follow.
+        summary: the numbers that the host reads, (L, 2 + 2 Q): the columns that follow. Of a
+            whitening or an orthogonalisation only the rank, the first column, is meaningful.
     """
 
     mixing: Tensor
@@ -139,8 +140,6 @@ def nystrom_plain(
 def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
     """Return a mixing whose rows ``mixing^T Y``, of C^1/2, span what Y does, better conditioned.
 
-    Besides the mixing only the rank of the result is meaningful.
-
     Args:
         core: ``B = Y V^T``, (L, Q, Q), of float32 sums.
         ceiling: upper bound of the rank, (L,): anything beyond is rounding noise, however large.
@@ -151,7 +150,8 @@ def whitening(core: Tensor, ceiling: Tensor) -> Nystrom:
     values, vectors = eigh(core * scale[:, :, None] * scale[:, None, :])
     in_rank = values > CUT  # false for NaN
     mixing = torch.where(in_rank[:, None, :], vectors * values.rsqrt()[:, None, :], 0.0).flip(2)
-    return _with_rank_only(scale[:, :, None] * mixing, torch.minimum(in_rank.sum(1), ceiling))
+    rank = torch.minimum(in_rank.sum(1), ceiling)
+    return Nystrom(scale[:, :, None] * mixing, rank[:, None])
 
 
 def orthogonalisation(overlaps: Tensor) -> Nystrom:
@@ -170,19 +170,13 @@ def orthogonalisation(overlaps: Tensor) -> Nystrom:
     identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
     rank = torch.where(info == 0, lower.shape[-1], 0)
-    return _with_rank_only(scale[:, :, None] * inverse.mT, rank)
+    return Nystrom(scale[:, :, None] * inverse.mT, rank[:, None])
 
 
 def _unit_scale(matrix: Tensor) -> Tensor:
     """Return factors that scale to a unit diagonal, 0 where that is not possible, (L, Q)."""
     diagonal = matrix.diagonal(dim1=1, dim2=2)
     return torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
-
-
-def _with_rank_only(mixing: Tensor, rank: Tensor) -> Nystrom:
-    summary = mixing.new_zeros(len(mixing), 2 + 2 * mixing.shape[1])
-    summary[:, 0] = rank
-    return Nystrom(mixing, summary)
 
 
 class _WhiteEigenpairs(NamedTuple):
