@@ -155,10 +155,9 @@ class IncrementalPCA:
 
     def __sklearn_tags__(self) -> Any:
         # called by scikit-learn only, which is an optional dependency
-        from sklearn.utils import InputTags, Tags, TargetTags, TransformerTags
+        from sklearn.utils import Tags, TargetTags, TransformerTags
 
-        target = TargetTags(required=False)
-        return Tags(None, target, transformer_tags=TransformerTags(), input_tags=InputTags())
+        return Tags(None, TargetTags(required=False), transformer_tags=TransformerTags())
 
     def __sklearn_is_fitted__(self) -> bool:
         return self._stream is not None
@@ -256,9 +255,9 @@ class IncrementalPCA:
         return InputStream(features, k, plan.width, data.device, dtype, options)
 
     def _add_moments(self, data: Tensor) -> None:
-        # Per-feature variance is exact, independent of the sketch; float64, about the first row, so
-        # that a large constant offset causes no cancellation.
-        offset = data.double() - self._pivot
+        # Per-feature variance is exact, independent of the sketch; float64 like the pivot, which is
+        # the first row, so that a large constant offset causes no cancellation.
+        offset = data - self._pivot
         self._sum = self._sum + offset.sum(0)
         self._square = self._square + offset.square().sum(0)
 

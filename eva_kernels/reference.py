@@ -255,4 +255,4 @@ def fold_rows(
 def _image(
     basis64: Tensor, step_products: Tensor, delta: Tensor, squares: Tensor, along: Tensor
 ) -> Tensor:
-    return step_products.double() + basis64 * squares[:, None] - torch.outer(along, delta)
+    return step_products + basis64 * squares[:, None] - torch.outer(along, delta)

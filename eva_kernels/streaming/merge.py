@@ -22,7 +22,7 @@ def merge_sketch(left: SketchState, right: SketchState) -> SketchState:
     delta = (left.mean - right.mean).double()
     weight = left.count * right.count / count
     scaled = [
-        upload(state.singular_values, state.basis.device)[:, None] * state.basis.double()
+        upload(state.singular_values, state.basis.device)[:, None] * state.basis
         for state in (left, right)
     ]
     rows = torch.cat([*scaled, weight**0.5 * delta[None]])

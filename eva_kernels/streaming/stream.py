@@ -401,7 +401,7 @@ def _used_norm(x: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
 def _square_fits(total: Tensor, dtype: torch.dtype) -> bool:
     """Tell whether a sum of squares can be folded in ``dtype``; a read."""
     # a fold multiplies sums of squares with each other, in float64
-    largest_product = total.double().square() if dtype == torch.float64 else total.to(dtype)
+    largest_product = total.square() if dtype == torch.float64 else total.to(dtype)
     return bool(torch.isfinite(largest_product))
 
 
