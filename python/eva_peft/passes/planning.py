@@ -102,12 +102,8 @@ def plan_targets(
         memory_budget=budget,
         itemsize=itemsize,
     )
-    # If the budget runs out among layers of one width, all of those are sketched.
-    plan_by_width: dict[int, StreamPlan] = {}
-    for plan in plans:
-        if plan.features not in plan_by_width or plan.method == "sketch":
-            plan_by_width[plan.features] = plan
-    return plan_by_width
+    # If the budget runs out among layers of one width, the last is sketched, and so are all then.
+    return {plan.features: plan for plan in plans}
 
 
 def estimate_targets(
