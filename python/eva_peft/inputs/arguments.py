@@ -25,7 +25,7 @@ __all__ = [
     "model_arguments",
     "positional_to_named",
     "raise_if_mapping_refused",
-    "raise_if_names_unknown",
+    "raise_if_not_taken",
     "takes_whole_mapping",
     "without_labels",
     "without_string_columns",
@@ -58,10 +58,8 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     parameters, config = _parameters(base), getattr(base, "config", None)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
         return batch
-    positional = [p for p in parameters if p.kind in _POSITIONAL]
-    pairs = list(zip(positional, batch, strict=False))
-    misfits = (i for i, pair in enumerate(pairs) if _cannot_be_value(*pair, batch[0], config))
-    num_inputs = next(misfits, len(pairs))
+    pairs = _positional_pairs(parameters, batch)
+    num_inputs = _num_inputs(pairs, config)
     targets = batch[num_inputs:]
     if not num_inputs or not all(_is_target(part, batch[0]) for part in targets):
         return batch
@@ -71,6 +69,18 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
         named["labels"] = targets[0]
     selecting = {"attention_mask", "labels", *PADDING_MASKS}
     return named if named.keys() & selecting else tuple(batch[:num_inputs])
+
+
+def _positional_pairs(
+    parameters: Sequence[inspect.Parameter], batch: Sequence[Any]
+) -> list[tuple[inspect.Parameter, Any]]:
+    return list(zip((p for p in parameters if p.kind in _POSITIONAL), batch, strict=False))
+
+
+def _num_inputs(pairs: Sequence[tuple[inspect.Parameter, Any]], config: Any) -> int:
+    """Return the number of first parts of a batch that can be the values of their parameters."""
+    misfits = (i for i, pair in enumerate(pairs) if _cannot_be_value(*pair, pairs[0][1], config))
+    return next(misfits, len(pairs))
 
 
 def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
@@ -98,6 +108,8 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if part.shape != inputs.shape or part.is_floating_point():
         return True
+    if parameter.name == "position_ids" and bool((part.diff() > 1).any()):
+        return True  # ids, such as those of the next tokens: positions rise by one
     num_types = getattr(config, "type_vocab_size", None)
     if (
         parameter.name == "token_type_ids"
@@ -174,13 +186,14 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     raise _refusal_error(batch, base_model_of(model))
 
 
-def raise_if_names_unknown(
+def raise_if_not_taken(
     batch: Any, kwargs: Mapping[str, Any], model: nn.Module, error: Exception
 ) -> None:
-    """Explain the error of a transformers model that knows none of the argument names.
+    """Explain the error of a transformers model that was not given what it takes.
 
-    Most accept any name, and only report that they got no input. So do they for a batch of which
-    nothing is passed on, such as strings only.
+    It may know none of the argument names: most accept any name, and only report that they got no
+    input. So do they for a batch of which nothing is passed on, such as strings only. Or a part of
+    a tuple cannot be the value of its parameter.
 
     Raises:
         EvaTypeError: this is the case.
@@ -192,7 +205,9 @@ def raise_if_names_unknown(
     known = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
     takes_varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
     has_names = isinstance(batch, Mapping) and bool(batch)
-    if has_names and known and not takes_varargs and not kwargs.keys() & known:
+    unknown = has_names and bool(known) and not takes_varargs and not kwargs.keys() & known
+    pairs = _positional_pairs(parameters, batch if isinstance(batch, (tuple, list)) else [])
+    if unknown or _num_inputs(pairs, getattr(base, "config", None)) < len(pairs):
         # it may pass on **kwargs, so the error may have another cause: quote it
         raise _refusal_error(batch, base, f" (it failed with {error!r})") from error
 

@@ -120,7 +120,7 @@ class ModelCall:
             self._call_with_one(arguments.as_one_argument(batch, self._model))
         except Exception as error:
             if not self._has_succeeded:
-                arguments.raise_if_names_unknown(batch, kwargs, self._model, error)
+                arguments.raise_if_not_taken(batch, kwargs, self._model, error)
             raise
 
     def _call_with_one(self, batch: Any) -> None:

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from eva_kernels import EvaTypeError, EvaValueError
-from eva_peft.inputs.arguments import as_one_argument, positional_to_named, raise_if_names_unknown
+from eva_peft.inputs.arguments import as_one_argument, positional_to_named, raise_if_not_taken
 from eva_peft.model.architecture import forward_signature
 from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
 
@@ -186,7 +186,7 @@ def test_dataclass_is_one_argument_where_forward_takes_no_field() -> None:
 def test_errors_are_explained_where_forward_takes_no_name() -> None:
     own, model = KeyError("mine"), make_llama()
     with pytest.raises(EvaTypeError, match=r"names \['mine'\].*it failed with KeyError"):
-        raise_if_names_unknown({"mine": IDS}, {"mine": IDS}, model, own)
+        raise_if_not_taken({"mine": IDS}, {"mine": IDS}, model, own)
     plain: Any = nn.Module()
     plain.forward = takes_text
     known = EvaValueError("ours"), torch.OutOfMemoryError("full")
@@ -197,7 +197,15 @@ def test_errors_are_explained_where_forward_takes_no_name() -> None:
         *((["mine"], model, error) for error in known),
     ):
         batch = dict.fromkeys(names)
-        raise_if_names_unknown(batch, batch, of, error)  # the error may have another cause
+        raise_if_not_taken(batch, batch, of, error)  # the error may have another cause
+
+
+def test_errors_are_explained_where_a_part_cannot_be_its_argument() -> None:
+    batch = IDS, MASK, 2 * IDS, MASK, [0, 0]  # a preferred text, a rejected one, and more
+    with pytest.raises(EvaTypeError, match=r"with its values .*it failed with .*forward_fn"):
+        run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
+    texts, raised = (IDS, MASK), IndexError("index out of range")
+    raise_if_not_taken(texts, {}, make_llama(), raised)  # they can be: it has another cause
 
 
 class AnyKeyword(LlamaForCausalLM):
@@ -293,6 +301,7 @@ def test_positional_masks_are_passed_as_masks(mask: Tensor) -> None:
         ("input_ids", "labels"),
         ("input_ids", "attention_mask", "labels"),
         ("input_ids", "attention_mask", "copy"),
+        ("input_ids", "attention_mask", "next"),
         ("input_ids", "attention_mask", "class"),
     ],
 )
@@ -301,6 +310,7 @@ def test_labels_in_a_tuple_mask_tokens(parts: tuple[str, ...]) -> None:
     for batch in texts:
         batch["labels"][:, :5] = -100
         batch["copy"], batch["class"] = batch["input_ids"].clone(), torch.arange(4) % 2
+        batch["next"] = batch["input_ids"].roll(-1, 1)
     received: list[Any] = []
     model, config = make_llama(), lora(tau=1.0, target_modules=["q_proj"])
 
