@@ -413,3 +413,14 @@ def test_gram_scatter_is_about_the_mean():
     centred = x - x.mean(0)
     assert relative(centred_scatter([state])[0], centred.mT @ centred) <= 1e-12
     assert relative(state.sketch.mean, x.mean(0)) <= 4 * EPS64
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trace_is_that_of_the_matrix_that_is_decomposed(method: str):
+    x = 9 + torch.randn(110, 20)
+    stream = feed(make_stream(20, 10, 20, method=method), [x[:60]])
+    stream.add(x[60:])
+    exact = method == "gram"
+    batch = GramBatch([stream.state]) if exact else SketchBatch([stream.state], [stream.sums])
+    core = batch.measure()[0][0]  # of a basis of all directions
+    assert batch.trace.item() == pytest.approx(core.trace().item(), rel=1e-5)
