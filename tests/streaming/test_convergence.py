@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.linalg import svdvals
 
 from eva_kernels.streaming import (
     InputStream,
@@ -54,19 +55,21 @@ def test_leading_similar_stops_at_the_first_component_below_tau() -> None:
     assert leading_similar(torch.tensor([0.9, torch.nan, 0.9]), 0.0) == 1
 
 
-def test_each_stream_is_compared_in_its_own_rank() -> None:
+@pytest.mark.parametrize("criterion", ["cosine", "subspace"])
+def test_each_stream_is_compared_in_its_own_rank(criterion: str) -> None:
     ranks = [1, 5, 0, 3]
     streams = [stream_with(other_rows(seed), seed) for seed in range(len(ranks))]
     streams[3] = stream_with()
-    expected = [
-        float(torch.linalg.svdvals(s.sketch.basis[:r].double() @ s.previous[:r].double().mT).min())
-        if r
-        else 1.0
-        for s, r in zip(streams, ranks, strict=True)
-    ]
-    compare_streams(streams, ranks, tau=0.5, criterion="subspace")
+    expected = []
+    for stream, rank in zip(streams, ranks, strict=True):
+        overlap = stream.sketch.basis[:rank].double() @ stream.previous[:rank].double().mT
+        cosines = overlap.diagonal().abs() if criterion == "cosine" else svdvals(overlap)
+        expected.append(float(cosines.min()) if rank else 1.0)
+    compare_streams(streams, ranks, tau=0.5, criterion=criterion)
     assert [s.similarity for s in streams] == pytest.approx(expected, abs=1e-5)
     assert [s.converged for s in streams] == [value >= 0.5 for value in expected]
+    assert [s.settled for s in streams[:3]] == [0, 0, 0]
+    assert streams[3].settled >= 3
 
 
 @pytest.mark.parametrize("seed", range(6))
