@@ -215,6 +215,14 @@ def test_variance_of_features_with_large_mean():
     assert relative(far.var_, x.var(0, correction=0)) <= 1e-5
 
 
+def test_two_rows():
+    x = data(dtype=torch.float64)[:2]
+    ours, theirs = IncrementalPCA(1).fit(x, batch_size=1), sklearn.decomposition.PCA(1).fit(x)
+    found = ours.explained_variance_.item(), ours.var_.sum().item(), ours.noise_variance_
+    spread = (x[0] - x[1]).square().sum().item()
+    assert found == pytest.approx((theirs.explained_variance_.item(), spread / 4, 0), abs=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_noise_variance_is_never_negative(seed: int):
     torch.manual_seed(seed)  # by rounding, slightly more or less variance is captured than exists
@@ -234,16 +242,17 @@ def test_only_the_bad_batch_is_refused_on_an_accelerator(
     assert pca.n_samples_seen_ == 400
 
 
-def test_refused_merge_changes_nothing():
+@pytest.mark.parametrize("method", METHODS)
+def test_refused_merge_changes_nothing(method: str):
     x = data()
-    left = fitted(x, "sketch")
+    left = fitted(x, method)
     before = left.var_.clone()
     with pytest.raises(EvaValueError, match="cannot be merged"):
-        left.merge(fitted(x, "gram"))
+        left.merge(fitted(x, *({*METHODS} - {method})))
     with pytest.raises(EvaValueError, match="cannot merge 40 features and sketch width 8"):
-        left.merge(fitted(x, "sketch", k=4))
+        left.merge(fitted(x, method, k=4))
     with pytest.raises(EvaValueError, match="cannot merge 30 features and sketch width 12"):
-        left.merge(fitted(x[:, :30], "sketch"))
+        left.merge(fitted(x[:, :30], method))
     assert torch.equal(left.var_, before)
 
 
