@@ -281,6 +281,9 @@ def test_gpu_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = symmetric(1, 4)
     values = MODULE._decompose_cuda(matrices, True)[0]
     assert torch.equal(values, torch.linalg.eigh(matrices)[0])
+    monkeypatch.setattr(_native, "_module_or_reason", lambda kind: "it was not built")
+    with pytest.raises(EvaRuntimeError, match="it was not built"):
+        MODULE._decompose_cuda(matrices, False)
 
 
 def failing_lapack(matrices: Tensor) -> None:
