@@ -70,7 +70,7 @@ def compare_streams(
 
 def leading_similar(cosines: Tensor, tau: float) -> int:
     """Return how many leading components are at least ``tau`` similar; NaN does not count."""
-    return int(_count_similar(_running_minimum(cosines.float().numpy()), tau))
+    return int(_count_similar(_running_minimum(cosines.numpy()), tau))
 
 
 def _apply_threshold(group: Sequence[tuple[InputStream, int]], tau: float) -> None:

@@ -6,11 +6,10 @@ are added to the leader's before every fold. See "Processes" in this folder's RE
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .state import GramState, SketchState, clear_sums, zero_sums
+from .state import GramState, clear_sums, empty_sketch, zero_sums
 from .stream import InputStream
 
 __all__ = ["add_counts", "adopt_basis", "clear_pending", "pending_sums"]
@@ -70,6 +69,5 @@ def adopt_basis(stream: InputStream, basis: Tensor, mean: Tensor, pivot: Tensor 
     skipped = 0 if stream.state is not None else stream.skipped
     clear_pending(stream)
     stream.skipped = skipped
-    zeros = np.zeros(stream.width)
-    sketch = SketchState(0, mean, basis, zeros, total=0.0, rank=0, mean_norm=0.0)
+    sketch = empty_sketch(basis, mean)
     stream.state = sketch if pivot is None else GramState(stream.sums, pivot, sketch)

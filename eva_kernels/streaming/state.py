@@ -151,26 +151,7 @@ def start_basis(
     return basis
 
 
-def empty_sketch(
-    width: int,
-    features: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int = 0,
-    mean: Tensor | None = None,
-) -> SketchState:
-    """Return a state that has seen nothing, with a random orthonormal basis (width, features).
-
-    Args:
-        mean: initial mean, (features,); 0 if ``None``.
-    """
-    basis = start_basis(width, features, dtype, device, seed)
-    return SketchState(
-        count=0,
-        mean=torch.zeros(features, dtype=dtype, device=device) if mean is None else mean,
-        basis=basis.clone(),
-        values=np.zeros(width),
-        total=0.0,
-        rank=0,
-        mean_norm=0.0,
-    )
+def empty_sketch(basis: Tensor, mean: Tensor) -> SketchState:
+    """Return a state that has seen nothing, with this basis (Q, D) and mean (D,); not copied."""
+    zeros = np.zeros(len(basis))
+    return SketchState(0, mean, basis, zeros, total=0.0, rank=0, mean_norm=0.0)

@@ -264,9 +264,9 @@ class InputStream:
         sample = x[::stride] if rows is None else x.index_select(0, rows[::stride])
         sample = sample.to(self.dtype).contiguous()
         basis_key = self.width, self.features, self.dtype, self.device, self.options.seed
-        self._shared_start_basis = start_basis(*basis_key)
+        self._shared_start_basis = basis = start_basis(*basis_key)
         mean = sample.mean(0, dtype=torch.float64).to(self.dtype)
-        empty = empty_sketch(*basis_key, mean)
+        empty = empty_sketch(basis.clone(), mean)
         sums = zero_sums(self.width, self.features, self.dtype, self.device)
         arguments = empty.basis, empty.mean, sums.products, sums.shift, sums.square
         self._sketch_into(sample, None, arguments)

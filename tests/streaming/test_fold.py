@@ -55,8 +55,13 @@ def sums_of(x: Tensor, state: SketchState) -> StepSums:
     return sums
 
 
+def empty_state(width: int, features: int, dtype: torch.dtype, seed: int) -> SketchState:
+    basis = random_basis(width, features, seed).to(dtype)
+    return empty_sketch(basis, torch.zeros(features, dtype=dtype))
+
+
 def one_step(x: Tensor, width: int, seed: int = 0) -> SketchState:
-    state = empty_sketch(width, x.shape[1], x.dtype, CPU, seed)
+    state = empty_state(width, x.shape[1], x.dtype, seed)
     return fold([state], [sums_of(x, state)])[0][0]
 
 
@@ -206,7 +211,7 @@ def test_folding_together_equals_folding_alone(monkeypatch: pytest.MonkeyPatch):
         torch.randn(1, 32, dtype=torch.float64),
         with_spectrum(50, 32, [4.0, 3.0, 2.0], offset=50.0, dtype=torch.float64),
     ]
-    states = [empty_sketch(6, 32, torch.float64, CPU, seed) for seed in range(len(kinds))]
+    states = [empty_state(6, 32, torch.float64, seed) for seed in range(len(kinds))]
     sums = [sums_of(x, state) for x, state in zip(kinds, states, strict=True)]
     alone = [fold([s], [u])[0][0] for s, u in zip(states, sums, strict=True)]
     together = [state for state, _ in fold(states, sums)]
