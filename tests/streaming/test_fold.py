@@ -222,6 +222,8 @@ def test_folding_together_equals_folding_alone(monkeypatch: pytest.MonkeyPatch):
             assert int(state.rank) == int(expected.rank)
             torch.testing.assert_close(state.singular_values, expected.singular_values)
             torch.testing.assert_close(state.basis, expected.basis, rtol=0, atol=1e-10)
+            # in memory of its own: its alignment decides the bits of the next products
+            assert state.basis.untyped_storage().nbytes() == state.basis.nbytes
 
 
 @pytest.mark.parametrize("free", [True, False])
