@@ -95,6 +95,7 @@ def test_incremental_pca_ignores_ambient_settings(method: str, what: str) -> Non
     for one in (what, ""):
         with ambient(one):
             pca = IncrementalPCA(6, method=method).fit(x[:200])
+            pca.partial_fit(x[:90], mask=[i < 60 for i in range(90)])
             pca.merge(IncrementalPCA(6, method=method).fit(x[200:].numpy()))
             reduced = pca.transform(x)
             results.append((reduced, pca.inverse_transform(reduced), pca.get_covariance()))
