@@ -55,7 +55,7 @@ def small_block(block_q: int, max_columns: int) -> int:
 @functools.lru_cache(maxsize=1024)
 def plan_sketch(n: int, q: int, d: int, centred: bool, arch: Arch) -> SketchPlan:
     """Return how to sketch (n, d) tokens with a basis (q, d)."""
-    block_q = max(arch.min_q, triton.next_power_of_2(q), 16)
+    block_q = max(arch.min_q, triton.next_power_of_2(q))
     tiles_by_width = SKETCH_TILES[arch.name]
     width = min(width for width in tiles_by_width if width >= block_q)
     project, back = tiles_by_width[width].project_and_back(centred)
