@@ -77,8 +77,8 @@ def lost_shares(squares: Array, captured: Array, components: Sequence[int]) -> l
     last_component = np.arange(len(components)), np.array(components) - 1
     captured_after = squares.cumsum(1)[last_component]
     captured_before = captured.cumsum(1)[last_component]
-    lost = 1 - captured_before / np.where(captured_after > 0, captured_after, np.inf)
-    return np.where(captured_after > 0, lost.clip(min=0.0), 0.0).tolist()
+    gain = (captured_after - captured_before).clip(min=0.0)
+    return (gain / np.where(captured_after > 0, captured_after, 1.0)).tolist()
 
 
 def _fold_batch(batch: Batch) -> list[tuple[SketchState, Array]]:

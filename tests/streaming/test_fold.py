@@ -189,6 +189,8 @@ def test_scale_of_the_data_does_not_matter(method: str, factor: float):
     assert plain.rank == scaled.rank == 6
     assert relative(scaled.singular_values, factor * plain.singular_values) <= 1e-5
     assert relative(scaled.ratio, plain.ratio) <= 1e-5
+    assert scaled.lost == pytest.approx(plain.lost, rel=1e-3)
+    assert (plain.lost > 0) == (method == "sketch")
 
 
 @pytest.mark.parametrize(
