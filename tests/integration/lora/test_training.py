@@ -164,6 +164,17 @@ def test_random_b_is_overwritten_with_allow_any_init() -> None:
     assert not any(layer.lora_B["default"].weight.any() for layer in lora_layers(model).values())
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_other_ranks_take_nothing_more_from_the_base_weights(init: str) -> None:
+    """PEFT takes as many directions out of them as an adapter of these kinds has ranks."""
+    model = fresh(init_lora_weights=init)
+    before = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    result = run(make_mlp(), vectors(), lora(**CONFIG)).reallocated(r=3, rho=1.0)
+    result.apply(model, overwrite_trained=True)
+    assert model.peft_config["default"].rank_pattern
+    assert all(torch.equal(model.get_parameter(n), weight) for n, weight in before.items())
+
+
 def dora(dtype: torch.dtype = torch.float32, **fields: Any) -> PeftModel:
     model = wrapped(make_mlp().to(dtype), lora(rho=1.0, use_dora=True, **{**CONFIG, **fields}))
     data = [x.to(dtype) for x in vectors()]
