@@ -142,6 +142,9 @@ def test_unchanged_sizes_in_ddp_are_trained(process_group: None) -> None:
     model = wrapped(Clash(), lora(rho=1.0, target_modules=["head", "other"]))
     outer = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=0.01)
+    eva_kernels.initialize_lora_eva_weights(
+        outer, DATA, show_progress_bar=False, max_steps=3, on_not_converged="ignore"
+    )
     assert eva_kernels.initialize(outer, DATA, max_steps=3, **QUIET) is model
     assert model.eva_result.ranks == {"sub.other": 4, "head": 4}
     train_steps(outer.train(), optimizer)

@@ -108,6 +108,7 @@ def test_kasa_weights_are_not_truncated_again() -> None:
         with pytest.raises(EvaRuntimeError, match="kasa_config: PEFT removes as many components"):
             call()
     assert all(map(same_state, before, map(state_of, (changing, kept, plain))))
+    assert result.apply(plain, rho=1.0).eva_result.ranks == result.base_ranks
     fresh = adapted()
     for name, weight in kept.named_parameters():
         assert "base_layer" not in name or torch.equal(weight, fresh.get_parameter(name))
