@@ -110,6 +110,7 @@ def test_default_functions_select_tokens_as_calibrate_does(texts: list[Any]) -> 
 def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
     """As in PEFT, the model input of a user's function is an index of shape (tokens, 2)."""
     calls: list[Any] = []
+    ranks: list[int] = []
 
     def prepare_layer(layer_input: Any, model_input: Any, layer_name: str) -> Tensor:
         calls.append((type(layer_input), model_input.shape[1], layer_name))
@@ -118,7 +119,7 @@ def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
         )
 
     def prepare_model(model_input: Any, peft_config: Any) -> Any:
-        assert peft_config.r == 4
+        ranks.append(peft_config.r)
         model_input["attention_mask"] = model_input["attention_mask"].clone()
         return peft_eva.prepare_model_inputs_fn_language_modeling(model_input, peft_config)
 
@@ -139,6 +140,7 @@ def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
     assert {kind for kind, _, _ in calls} == {tuple}
     assert {columns for _, columns, _ in calls} == {2}
     assert {name for _, _, name in calls} == set(expected)
+    assert set(ranks) == {4}
 
 
 @pytest.mark.parametrize(
