@@ -65,7 +65,11 @@ class AttentionModel(nn.Module):
         x = x if self.batch_first else x.transpose(0, 1)
         y = self.middle(self.own(x, x, x, key_padding_mask=padding)[0]).tanh()
         key, value = 0.1 * x, 0.1 * x.relu()
-        y = self.cross(y, key=key, value=value, key_padding_mask=padding, need_weights=False)[0]
+        options: dict[str, Any] = {"key_padding_mask": padding, "need_weights": False}
+        if self.batch_first:
+            y = self.cross(y, key=key, value=value, **options)[0]
+        else:
+            y = self.cross(y, key, value, **options)[0]
         return torch.as_tensor(self.out(y))
 
 
