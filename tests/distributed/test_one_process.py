@@ -154,7 +154,7 @@ def test_weights_may_differ_by_rounding() -> None:
     """Relative to the largest of their layer; other differences mean other weights."""
     check_weights([{"a": [100.0, 1.0]}, {"a": [100.5, 1.5]}])
     with pytest.raises(EvaValueError, match="processes 0 and 1 have different weights in a: load"):
-        check_weights([{"a": [0.001, 0.002]}, {"a": [0.002, 0.001]}])
+        check_weights([{"a": [0.0, 0.001, 0.002]}, {"a": [0.0, 0.002, 0.001]}])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
