@@ -41,9 +41,7 @@ class SeenTensor:
 
     def is_shared(self, x: Tensor, mask: TokenMask) -> bool:
         """Tell whether x is that tensor, with the same masks."""
-        now, then = mask.masks, self._masks
-        same_masks = now is then or are_same_tensors(now, then)
-        return same_masks and self.is_same(x)
+        return self.is_same(x) and are_same_tensors(mask.masks, self._masks)
 
     def take_held(self) -> tuple[Tensor, TokenMask] | None:
         """Return the held tensor and its mask, once; ``None`` if it is no longer held."""
