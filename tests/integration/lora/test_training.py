@@ -73,6 +73,7 @@ NOT_INITIALISED: dict[str, Callable[[Any], nn.Module]] = {
     "fresh": lambda folder: fresh(),
     "one rank": lambda folder: fresh(r=1),
     "whitened": lambda folder: fresh(whiten=True),
+    "whitened, one rank": lambda folder: fresh(whiten=True, r=1),
     "on meta": lambda folder: get_peft_model(make_mlp(), lora(**CONFIG), low_cpu_mem_usage=True),
     "plain LoRA": lambda folder: fresh(init_lora_weights=True),
     "loaded": lambda folder: loaded(fresh(), folder),
