@@ -377,9 +377,10 @@ def test_layer_with_only_non_finite_tokens_is_reported() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(self.a(x) * torch.nan)
 
-    options = {"on_nonfinite": "skip", "max_steps": 4}
+    options = {"on_nonfinite": "skip", "max_steps": 4, "on_not_converged": "raise"}
     with pytest.warns(EvaWarning, match="1 layer was never called with a token that counts"):
-        result = run(Broken(), vectors(4), lora(target_modules=["a", "b"]), **options)
+        result = run(Broken(), vectors(4), lora(tau=0.5, target_modules=["a", "b"]), **options)
+    assert result.converged == {"a": True}
     assert result.skipped_tokens == 160
     with pytest.raises(EvaValueError, match="160 tokens with NaN or infinity were left out"):
         run(Broken(), vectors(4), lora(target_modules=["b"]), **options)
