@@ -105,6 +105,8 @@ def test_samples_of_different_lengths_require_a_collator(kind: Callable[[Any], A
 def test_samples_of_equal_lengths_need_no_collator(kind: Callable[[Any], Any], trim: bool) -> None:
     texts = text_batches(3)
     lists = [{k: [kind(row) for row in v.tolist()] for k, v in b.items()} for b in texts]
+    for batch in lists:
+        batch["images"] = []  # of no sample
     found = run(make_llama(), iter(lists), lora(), trim_padding=trim)
     assert_same(found, run(make_llama(), iter(texts), lora()))
 
