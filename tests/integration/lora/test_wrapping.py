@@ -78,6 +78,10 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["q_proj", "input_layernorm"]},
         r"layer model\.layers\.0\.input_layernorm: PEFT cannot wrap it: .*not supported",
     ),
+    "a parameter with one dimension": (
+        {"target_modules": ["q_proj"], "target_parameters": ["input_layernorm.weight"]},
+        r"model\.layers\.0\.input_layernorm\.weight has 1 dimensions; LoRA and EVA support matri",
+    ),
     "tokens of an unknown layer": (
         {"target_modules": ["q_proj"], "trainable_token_indices": {"nope": [1]}},
         "PEFT cannot wrap the model with this LoraConfig: .*'nope'.* not found",
