@@ -186,6 +186,11 @@ FAULTS: dict[str, Fault] = {
     ),
     "option: oversample": Fault(option(oversample=0.5), V, "oversample=0.5 must be at least 1"),
     "option: callback": Fault(option(callback=3), T, "callback=3 must be callable"),
+    "option: prepare_layer_inputs_fn": Fault(
+        option(prepare_layer_inputs_fn={"q_proj": None, "k_proj": 3}),
+        T,
+        "must be callable, or a map",
+    ),
     "option: forward_fn": Fault(option(forward_fn="f"), T, "forward_fn='f' must be callable"),
     "option: checkpoint": Fault(option(checkpoint=3), T, "checkpoint=3 must be a path or None"),
     "option: on_nonfinite": Fault(option(on_nonfinite="drop"), V, "on_nonfinite='drop'.*'skip'"),
