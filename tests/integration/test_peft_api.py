@@ -141,6 +141,11 @@ def test_custom_functions_get_arguments_as_in_peft(texts: list[Any]) -> None:
     assert {columns for _, columns, _ in calls} == {2}
     assert {name for _, _, name in calls} == set(expected)
     assert set(ranks) == {4}
+    ranks.clear()
+    eva_kernels.initialize_lora_eva_weights(
+        wrapped(make_llama(), config), texts, prepare_model_inputs_fn=prepare_model, **EVA_OPTIONS
+    )
+    assert set(ranks) == {4}
 
 
 @pytest.mark.parametrize(
