@@ -59,6 +59,9 @@ def positions_first(position_ids: Any = None, attention_mask: Any = None) -> Non
 def keyword_mask(input_ids: Tensor, *, attention_mask: Any = None) -> None: ...
 
 
+def scaled(features: Tensor, scale: Any = None) -> None: ...
+
+
 def takes_any(input_ids: Tensor, *rest: Tensor) -> None: ...
 
 
@@ -95,6 +98,7 @@ CASES: dict[str, Case] = {
         (("position_ids", "attention_mask"), None),
     ),
     "keyword-only mask": (keyword_mask, (IDS, MASK), 1),
+    "optional values of another shape": (scaled, (VALUES, torch.ones(2, 1)), 2),
     "any positional parts": (takes_any, (IDS, MASK), "unchanged"),
     "no positional part": (keyword_only, (IDS,), "unchanged"),
     "integers beside values": (without_labels, (VALUES, 3 * MASK), 1),
