@@ -53,6 +53,17 @@ def test_group_of_one_is_treated_as_a_single_process(group_of_one: Any) -> None:
         torch.testing.assert_close(found.components[name], rows)
 
 
+def test_shards_over_ranks_that_parameters_do_not_tell_are_over_all(
+    group_of_one: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_llama()
+    model.lm_head.weight.ds_id = 0  # type: ignore[attr-defined]  # as ZeRO-3's
+    assert processes_of(model, None) is None
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: 2)
+    with pytest.raises(EvaValueError, match=r"sharded by DeepSpeed \(ZeRO-3\) over the ranks 0, 1"):
+        processes_of(model, None)
+
+
 def test_start_error_is_raised_if_the_store_is_lost() -> None:
     failing = mock.Mock(side_effect=distributed.DistNetworkError("Connection reset by peer"))
     lost_connection: Any = SimpleNamespace(peers=SimpleNamespace())
