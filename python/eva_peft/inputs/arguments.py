@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from .._peft_compat import base_model_of
 from ..errors import EvaError, EvaTypeError
-from ..model.architecture import Architecture, forward_signature, is_transformers_model
+from ..model.architecture import (
+    Architecture,
+    forward_signature,
+    is_defined_in_transformers,
+    is_transformers_model,
+)
 from ..surroundings.memory import is_out_of_memory
 
 __all__ = [
@@ -129,7 +134,7 @@ def _may_be_mask(part: Tensor) -> bool:
     return additive or bool(binary.all())
 
 
-def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments of the model for a batch.
 
     Raises:
@@ -141,6 +146,9 @@ def model_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         samples = [isinstance(part, Mapping) for part in batch]
+        own = not is_defined_in_transformers(base_model_of(model)) and all(samples)
+        if own and accepts_arguments(tuple(batch), {}, model):
+            return tuple(batch), {}  # such as a query and passages, each with a mask
         if samples and all(samples):
             raise EvaTypeError(
                 "a batch is a list of samples; give the loader a collator that makes one mapping "

@@ -245,8 +245,12 @@ def _token_shape(arguments: Mapping[str, Any]) -> torch.Size | None:
 def named_arguments(
     module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return arguments by name; a mapping as first argument is merged with the keyword ones."""
-    if args and isinstance(args[0], Mapping):
+    """Return arguments by name; a mapping as first argument is merged with the keyword ones.
+
+    Not if another has the same names: they are two texts, for example.
+    """
+    others = (value for value in (*args[1:], *kwargs.values()) if isinstance(value, Mapping))
+    if args and isinstance(args[0], Mapping) and all(args[0].keys().isdisjoint(o) for o in others):
         return {**kwargs, **{str(name): value for name, value in args[0].items()}}
     signature = forward_signature(module)
     try:

@@ -109,7 +109,7 @@ class ModelCall:
         self.in_forward, self._has_succeeded = False, True
 
     def _call(self, batch: Any) -> None:
-        args, kwargs = arguments.model_arguments(batch)
+        args, kwargs = arguments.model_arguments(batch, self._model)
         kwargs = arguments.without_string_columns(kwargs, self._model)
         kwargs = arguments.without_labels(kwargs, self._architecture)
         try:

@@ -55,6 +55,33 @@ def test_two_encoders_in_a_pretrained_model_subclass_use_own_masks(length: int) 
         assert lost(result.components[name], x[kept]) < 1e-6, name
 
 
+class Retriever(nn.Module):
+    """One encoder for a question and its passages, which are two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = make_bert()
+
+    def forward(self, query: dict[str, Tensor], passage: dict[str, Tensor]) -> Tensor:
+        asked = self.encoder(**query).pooler_output
+        found: Tensor = self.encoder(**passage).pooler_output
+        return asked @ found.mT
+
+
+@pytest.mark.parametrize("forward_fn", [None, lambda model, pair: model(*pair)])
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_texts_that_are_positional_arguments_use_own_masks(kind: Any, forward_fn: Any) -> None:
+    pairs = list(zip(TEXTS, text_batches(4, seed=1), strict=True))
+    config = lora(target_modules=["encoder.layer.0.output.dense"], tau=1.0)
+    result = run(Retriever(), map(kind, pairs), config, forward_fn=forward_fn, **EXACT)
+    texts = [text for pair in pairs for text in pair]
+    kept = torch.cat([text["attention_mask"].bool().flatten() for text in texts])
+    for name, components in result.components.items():
+        inner = name.removeprefix("encoder.")
+        x = layer_inputs(make_bert(), texts, [inner], False)[inner]
+        assert lost(components, x[kept]) < 1e-6
+
+
 class SequenceFirst(nn.Module):
     """A torch encoder layer that takes the sequence dimension first."""
 
