@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import EvaTypeError, EvaValueError, listed
 from ..model.architecture import Architecture
 from ..surroundings.devices import copy_to_device
+from .mask_contents import is_contiguous
 from .media_masks import is_image_key
 
 __all__ = [
@@ -182,10 +183,11 @@ def as_tensors(batch: Any) -> Any:
     the mapping has tensors as well.
 
     Raises:
-        EvaValueError: samples of different lengths, which need a collator.
+        EvaValueError: samples of different lengths, which need a collator; or positions.
     """
     if not isinstance(batch, Mapping):
         return batch
+    _raise_if_positions_listed(batch)
     converted: dict[str, Any] = {}
     only_lists = not any(isinstance(value, Tensor) for value in batch.values())
     for key, value in batch.items():
@@ -221,6 +223,34 @@ def _becomes_tensor(key: str, values: Sequence[Any]) -> bool:
     while isinstance(element, (list, tuple)) and element:
         element = element[0]
     return isinstance(element, (int, float))
+
+
+def _raise_if_positions_listed(batch: Mapping[str, Any]) -> None:
+    """Refuse lists of tensors with a position of all samples each, not with a sample.
+
+    A text is taken to have at least as many positions as a batch has samples, unless the mask of
+    its padding shows that it does not.
+    """
+    rows = {key: _stacked_rows(value) for key, value in batch.items() if key in _TOKEN_KEYS}
+    mask = rows.get("attention_mask")
+    for key, value in rows.items():
+        if value is None:
+            continue
+        kept = torch.ones_like(value) != 0 if mask is None else mask != 0
+        more_rows = len(kept) > kept.shape[1]
+        if is_contiguous(kept.mT) and (more_rows or not is_contiguous(kept)):
+            raise EvaValueError(
+                f"the tensors of {key!r} in a batch hold one position of all samples each, as "
+                "torch's default collation makes them of lists; let the dataset yield tensors, by "
+                'with_format("torch") for example, or give the loader a collator'
+            )
+
+
+def _stacked_rows(value: Any) -> Tensor | None:
+    listed = isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value)
+    if not listed or len({v.shape for v in value}) != 1 or value[0].dim() != 1:
+        return None
+    return torch.stack(list(value))
 
 
 def _is_array(value: Any) -> bool:

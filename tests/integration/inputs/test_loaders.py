@@ -111,6 +111,17 @@ def test_samples_of_equal_lengths_need_no_collator(kind: Callable[[Any], Any], t
     assert_same(found, run(make_llama(), iter(texts), lora()))
 
 
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("more", [{}, {"labels": 1}])
+def test_lists_collated_by_position_are_an_error(more: dict[str, Any], padded: bool) -> None:
+    texts = {k: v.tolist() for k, v in text_batches(1, 12, padded=padded)[0].items()}
+    rows = [dict(zip(texts, row, strict=True), **more) for row in zip(*texts.values(), strict=True)]
+    length = 11 if padded else 24  # the mask shows it, or there are more positions than samples
+    short = [{k: v[:length] if k in texts else v for k, v in row.items()} for row in rows]
+    with pytest.raises(EvaValueError, match="one position of all samples"):
+        run(make_llama(), DataLoader(short, batch_size=12))
+
+
 def test_lists_that_a_model_takes_stay_lists() -> None:
     class Listed(nn.Module):
         def __init__(self) -> None:
