@@ -59,6 +59,9 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
+    first = batch[0] if batch else None
+    if isinstance(first, (list, tuple)) and first and isinstance(first[0], int):
+        return batch  # each part holds the ids of a sample
     base = base_model_of(model)
     parameters, config = _parameters(base), getattr(base, "config", None)
     if parameters is None or any(p.kind is p.VAR_POSITIONAL for p in parameters):
@@ -201,7 +204,7 @@ def raise_if_not_taken(
 
     It may know none of the argument names: most accept any name, and only report that they got no
     input. So do they for a batch of which nothing is passed on, such as strings only. Or a part of
-    a tuple cannot be the value of its parameter.
+    a tuple cannot be the value of its parameter, or the first is no tensor.
 
     Raises:
         EvaTypeError: this is the case.
@@ -215,7 +218,8 @@ def raise_if_not_taken(
     has_names = isinstance(batch, Mapping) and bool(batch)
     unknown = has_names and bool(known) and not takes_varargs and not kwargs.keys() & known
     pairs = _positional_pairs(parameters, batch if isinstance(batch, (tuple, list)) else [])
-    if unknown or _num_inputs(pairs, getattr(base, "config", None)) < len(pairs):
+    misplaced = _num_inputs(pairs, getattr(base, "config", None)) < len(pairs)
+    if unknown or misplaced or (pairs and not isinstance(pairs[0][1], Tensor)):
         # it may pass on **kwargs, so the error may have another cause: quote it
         raise _refusal_error(batch, base, f" (it failed with {error!r})") from error
 

@@ -114,11 +114,13 @@ class ModelCall:
         kwargs = arguments.without_labels(kwargs, self._architecture)
         try:
             self._model(*args, **kwargs)
-        except TypeError:  # checked only now, since inspecting signatures is slow
-            if arguments.accepts_arguments(args, kwargs, self._model):
-                raise
-            self._call_with_one(arguments.as_one_argument(batch, self._model))
         except Exception as error:
+            # checked only now, since inspecting signatures is slow
+            if isinstance(error, TypeError) and not arguments.accepts_arguments(
+                args, kwargs, self._model
+            ):
+                self._call_with_one(arguments.as_one_argument(batch, self._model))
+                return
             if not self._has_succeeded:
                 arguments.raise_if_not_taken(batch, kwargs, self._model, error)
             raise

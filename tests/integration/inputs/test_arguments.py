@@ -205,9 +205,10 @@ def test_errors_are_explained_where_forward_takes_no_name() -> None:
 
 
 def test_errors_are_explained_where_a_part_cannot_be_its_argument() -> None:
-    batch = IDS, MASK, 2 * IDS, MASK, [0, 0]  # a preferred text, a rejected one, and more
-    with pytest.raises(EvaTypeError, match=r"with its values .*it failed with .*forward_fn"):
-        run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
+    pair = IDS, MASK, 2 * IDS, MASK, [0, 0]  # a preferred text, a rejected one, and more
+    for batch in (pair, IDS.tolist()):
+        with pytest.raises(EvaTypeError, match=r"with its values .*it failed with .*forward_fn"):
+            run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
     texts, raised = (IDS, MASK), IndexError("index out of range")
     raise_if_not_taken(texts, {}, make_llama(), raised)  # they can be: it has another cause
 
