@@ -239,9 +239,7 @@ def _takes_precedence(outer: TokenMask, mask: TokenMask) -> bool:
     if outer.main is None or mask.main is None:
         only_attended = mask.main is None or bool(mask.main.all())  # of attended tokens only
         others = [*mask.cross_masks, *mask.unit_masks]
-        others_known = bool(others) and all(other.shape in known for other in others)
-        has_own = outer.main is not None or outer.decoder is not None
-        return (only_attended and others_known) or has_own
+        return only_attended and bool(others) and all(other.shape in known for other in others)
     return mask.main.shape in known
 
 

@@ -202,6 +202,16 @@ def test_padding_masks_under_other_argument_names_apply(kind: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
+def test_mask_of_a_decoder_in_the_batch_leaves_the_encoders_in_force() -> None:
+    class Model(PaddingFinder):
+        def forward(self, ids: Tensor, decoder_attention_mask: Tensor) -> Tensor:
+            return super().forward(ids)
+
+    data = [{**batch, "decoder_attention_mask": torch.ones(3, 5)} for batch in batches()]
+    config = lora(tau=1.0, target_modules=["before"])
+    assert run(Model("plain").eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
+
+
 def test_padding_of_keys_does_not_mask_queries() -> None:
     class CrossBlock(Block):
         def forward(self, x: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
