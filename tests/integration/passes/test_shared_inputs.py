@@ -106,19 +106,21 @@ def test_one_of_three_layers_is_split_off_later() -> None:
     assert result.shared_inputs == [["a", "c"]]
 
 
-@pytest.mark.parametrize(("batch", "shared"), [(0, []), (2, [["a", "c"]])])
-def test_layers_are_split_at_a_second_call(batch: int, shared: list[list[str]]) -> None:
+@pytest.mark.parametrize(
+    ("names", "batch", "shared"), [("abc", 0, []), ("abc", 2, [["a", "c"]]), ("ab", 2, [])]
+)
+def test_layers_are_split_at_a_second_call(names: str, batch: int, shared: list[list[str]]) -> None:
     """The first tensor waits for ``c``, which has not read it yet, except in the first batch."""
 
     def body(net: Net, x: Tensor) -> Tensor:
         y = torch.sin(3 * x)
         net.a(x), net.b(x), net.a(y)
-        net.b(y.flip(1) if x[0, 0] == 5 else y)
-        return net.c(x) + net.c(y)
+        last = net.b(y.flip(1) if x[0, 0] == 5 else y)
+        return net.c(x) + net.c(y) if "c" in names else last
 
     batches = vectors(4)
     batches[batch][0, 0] = 5
-    result = run_and_check(Net(body, "a", "b", "c"), batches, ["a", "b", "c"])
+    result = run_and_check(Net(body, *names), batches, [*names])
     assert result.shared_inputs == shared
     assert result.tokens == 4 * 40  # also if a batch is run twice
 
@@ -327,7 +329,7 @@ def test_layers_never_called_keep_the_default_and_warn() -> None:
 
 def test_layers_called_with_keywords_and_tuples_are_read() -> None:
     class Odd(nn.Linear):
-        def forward(self, *, hidden: Any) -> Tensor:
+        def forward(self, hidden: Any) -> Tensor:
             return super().forward(hidden[0] if isinstance(hidden, tuple) else hidden)
 
     class Outer(nn.Module):
@@ -336,7 +338,7 @@ def test_layers_called_with_keywords_and_tuples_are_read() -> None:
             self.a, self.b = Odd(20, 20), Odd(20, 20)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(hidden=(self.a(hidden=x), None))
+            return self.b((self.a(hidden=x), None))
 
     result = run(Outer(), vectors(3), lora(target_modules=["a", "b"]), max_steps=3)
     assert sum(result.ranks.values()) == 8
