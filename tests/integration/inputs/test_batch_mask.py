@@ -286,6 +286,17 @@ def test_labels_mask_a_decoder_that_reads_all_but_the_last_of_its_tokens() -> No
     assert result.tokens == 4 * 12
 
 
+@pytest.mark.parametrize("prompt", [5, 3, 0], ids=["longer prompt", "as long", "no prompt"])
+def test_attention_mask_beside_a_prompt_is_of_the_own_tokens(prompt: int) -> None:
+    kept = torch.tensor([[True, True, True], [True, False, False]])
+    batch = {"hidden_states": torch.ones(2, 3, 8), "attention_mask": kept.long()}
+    batch |= {"encoder_hidden_states": torch.ones(2, prompt, 8)} if prompt else {}
+    mask = mask_of_batch(batch, lora())
+    assert mask.main is not None
+    assert torch.equal(mask.main, kept)
+    assert not mask.cross_masks
+
+
 def test_masks_of_other_units_than_tokens() -> None:
     kept = torch.tensor([[1, 1, 0], [1, 0, 0]])
     batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "span_mask": kept}

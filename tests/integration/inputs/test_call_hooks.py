@@ -173,8 +173,12 @@ def test_labels_not_passed_on_by_forward_fn_still_mask() -> None:
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_decoder_labels_not_passed_on_by_forward_fn_still_mask() -> None:
-    """As where the function computes its own loss and passes the collator's decoder_input_ids."""
+@pytest.mark.parametrize("steps", [8, 4])
+def test_decoder_labels_not_passed_on_by_forward_fn_still_mask(steps: int) -> None:
+    """As where the function computes its own loss and passes the collator's decoder_input_ids.
+
+    They do not if it passes other steps than they label.
+    """
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1}
     model = T5ForConditionalGeneration(T5Config(**sizes, num_heads=4, decoder_start_token_id=0))
@@ -182,14 +186,15 @@ def test_decoder_labels_not_passed_on_by_forward_fn_still_mask() -> None:
         {**text, "labels": text["input_ids"][:, :8].where(torch.arange(8) < (2 + i), -100)}
         for i, text in enumerate(TEXTS)
     ]
-    config = lora(target_modules=["q", "k", "wo"], tau=1.0)
-    expected = run(model, texts, config, **EXACT)
 
-    def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+    def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = {key: value for key, value in batch.items() if key != "labels"}
-        model(**kept, decoder_input_ids=model._shift_right(batch["labels"]))
+        return {**kept, "decoder_input_ids": model._shift_right(batch["labels"])[:, :steps]}
 
-    assert_same(run(model, texts, config, forward_fn=forward, **EXACT), expected)
+    config = lora(target_modules=["q", "k", "wo"], tau=1.0)
+    expected = run(model, texts if steps == 8 else [*map(inputs, texts)], config, **EXACT)
+    options = {"forward_fn": lambda model, batch: model(**inputs(batch)), **EXACT}
+    assert_same(run(model, texts, config, **options), expected)
 
 
 class DirectForward(nn.Module):

@@ -97,5 +97,6 @@ def test_token_slice_of_recognises_slices_of_the_token_dimension() -> None:
     others = [whole, whole[1:], whole[..., 4:8], whole[:, 0], whole[:, 2:3], whole[:, ::2]]
     others += [whole.mT, whole.mT[:, 1:], whole[:1].expand(3, 7, 12)[:, 1:], whole[:, 1:].clone()]
     others += [whole.flatten()[5:173].view(2, 7, 12)[:, 1:]]
+    others += [whole[:, :1].expand(3, 7, 12), whole.as_strided((2, 3, 12), (84, 12, 1), 60)]
     for other in others:
         assert token_slice_of(other) is None, (other.shape, other.stride())

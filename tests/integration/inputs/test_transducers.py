@@ -93,3 +93,14 @@ def test_bands_of_frames_that_are_as_many_as_steps_all_count() -> None:
     rows = rule.rows(torch.Size((*leading, 4)), torch.device("cpu"), "encoder.subsampling.layers.6")
     assert rows is not None
     assert torch.bincount(rows // 60).tolist() == [60, 36, 18]
+
+
+def test_labels_mask_steps_that_no_blank_precedes() -> None:
+    samples = [{"input_features": torch.randn(1, 40, FEATURES)} for _ in range(3)]
+    for sample, steps in zip(samples, STEPS.tolist(), strict=True):
+        sample["decoder_input_ids"] = torch.ones(1, steps, dtype=torch.long)
+    batch = padded_batch(samples, PAD)
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, 1:]
+    found = mask_of_batch(batch, lora(), architecture_of(Transducer())).decoder
+    assert found is not None
+    assert torch.equal(found, batch["labels"] != PAD)

@@ -1,0 +1,50 @@
+"""What the values of masks and lengths say of tokens, where they are easily misread."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eva_peft.inputs.mask_contents import kept_by_attention, kept_by_padding, mask_from_lengths
+
+LOWER = torch.ones(3, 3).tril()  # causal, or three samples of one, two and three tokens
+SHORT = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 1]])
+PADDED = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        (LOWER, None),
+        (LOWER[:, None], LOWER),
+        (LOWER[:, None, None], LOWER),
+        (SHORT, SHORT),
+        (PADDED, PADDED),
+    ],
+    ids=["causal", "rows", "rows of all heads", "short samples", "long samples"],
+)
+def test_causal_masks_are_told_from_padding(mask: Tensor, kept: Tensor | None) -> None:
+    found = kept_by_attention(mask)
+    assert (found is None) if kept is None else torch.equal(found, kept.bool())
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(3), torch.tensor([[1.0, 1.0], [0.0, 0.0]])])
+def test_padding_masks_without_samples_or_a_token_in_each_are_not_understood(mask: Tensor) -> None:
+    assert kept_by_padding(mask) is None
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shape"),
+    [
+        ([1.0, 0.5], ()),
+        ([1.0, 0.5], (2,)),
+        ([], (0, 4)),
+        ([1.0, 0.0], (2, 4)),
+        ([2.0, 1.0], (2, 4)),
+    ],
+)
+def test_numbers_other_than_shares_of_the_longest_are_no_lengths(
+    lengths: list[float], shape: tuple[int, ...]
+) -> None:
+    assert mask_from_lengths(torch.tensor(lengths), shape, [*range(9)]) is None
