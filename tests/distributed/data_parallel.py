@@ -129,16 +129,17 @@ BAD = ((1, 0, 3), (40, 5, 2))  # non-finite tokens by process and step
 def skipped(rank: int) -> Any:
     """Return the skipped tokens with the BAD counts of this process, and of the other."""
 
-    def skip(numbers: tuple[int, ...]) -> int:
+    def skip(numbers: tuple[int, ...], method: str) -> int:
         data = [*torch.randn(3, 40, 24)]
         for x, bad in zip(data, numbers, strict=True):
             x[:bad, 7] = torch.nan
         options = {**QUIET, "prepare_model_inputs_fn": None, "on_nonfinite": "skip"}
+        options["method"] = method
         model, config = nn.Sequential(nn.Linear(24, 24)), lora(target_modules=["0"])
         return eva_kernels.calibrate(model, data, config, max_steps=3, **options).skipped_tokens
 
     torch.manual_seed(0)
-    return [skip(BAD[rank]), skip(BAD[1 - rank])]
+    return [skip(BAD[i], method) for method in ("sketch", "gram") for i in (rank, 1 - rank)]
 
 
 def calibrate_with_nan(wrong: bool, step: int) -> Any:
@@ -294,6 +295,15 @@ def no_tokens(rank: int) -> Any:
     for batch in batches:
         batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     return calibrate(make_llama(), batches, max_steps=50)
+
+
+@scenario
+def first_batches_have_no_tokens(rank: int) -> Any:
+    """Return the steps and tokens of a pass that begins with a batch of padding only."""
+    batches = own_batches(rank, 3)
+    batches[0]["attention_mask"] = torch.zeros_like(batches[0]["attention_mask"])
+    result = calibrate(make_llama(), batches, max_steps=3)
+    return result.history["step"], result.tokens
 
 
 @scenario

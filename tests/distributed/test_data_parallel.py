@@ -113,7 +113,7 @@ def test_layers_that_one_process_never_calls(results: Results) -> None:
 def test_skipped_tokens_of_all_processes_are_counted(results: Results) -> None:
     from distributed.data_parallel import BAD
 
-    assert [found["skipped"] for found in results] == [[sum(map(sum, BAD))] * 2] * 2
+    assert [found["skipped"] for found in results] == [[sum(map(sum, BAD))] * 4] * 2
 
 
 def test_inputs_not_shared_in_all_processes_are_separate(results: Results) -> None:
@@ -144,6 +144,11 @@ def test_waiting_for_the_others_is_logged(results: Results) -> None:
     assert "process 0 of 2 has been waiting for 0.2 seconds for the others to begin" in message
     assert "every process of the group must make the same call" in message
     assert results[1]["one_process_is_late"] == []
+
+
+def test_batches_without_tokens_are_no_step(results: Results) -> None:
+    for found in results:
+        assert found["first_batches_have_no_tokens"] == ([1, 2], 2 * 2 * 4 * 24)
 
 
 def test_data_without_tokens_raise_after_one_epoch(results: Results) -> None:
