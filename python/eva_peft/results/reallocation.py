@@ -126,8 +126,5 @@ def _size_fields(result: EvaResult, config: LoraConfig, r: int) -> dict[str, Any
         for name, alpha in alphas.items()
         if pattern_value(pattern_alphas, name, default) != alpha
     }
-    pattern = {
-        **anchored_alphas,
-        **{key: alpha for key, alpha in pattern_alphas.items() if key not in anchored_alphas},
-    }
+    pattern = anchored_alphas | pattern_alphas | anchored_alphas  # in this order, with these values
     return {"r": r, "rank_pattern": {}, "lora_alpha": default, "alpha_pattern": pattern}

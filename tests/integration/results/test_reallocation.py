@@ -49,6 +49,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "one rank": {"alpha_pattern": {"head": 3}},
     "one scaling": {"rank_pattern": {"head": 6}, "alpha_pattern": {"head": 18}},
     "rslora and patterns": {"use_rslora": True, "rank_pattern": {"lin": 6}},
+    "overlapping": {"rank_pattern": {"lin": 6}, "alpha_pattern": {r"^sub\.lin": 3, "l.*": 5}},
 }
 
 
