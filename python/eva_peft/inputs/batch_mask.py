@@ -117,7 +117,7 @@ def _with_prompt_mask(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def split_joint_mask(
-    joint: Tensor | None, own_shape: tuple[int, ...], prompt_shape: tuple[int, ...] | None
+    joint: Tensor, own_shape: tuple[int, ...], prompt_shape: tuple[int, ...] | None
 ) -> dict[str, Tensor]:
     """Split a mask of own and conditioning tokens in one sequence; returns masks as in a batch.
 
@@ -131,7 +131,7 @@ def split_joint_mask(
     """
     if prompt_shape is None or len(prompt_shape) != 2 or len(own_shape) != 2:
         return {}
-    if joint is None or joint.all():
+    if joint.all():
         return {}
     sizes = own_shape[1], prompt_shape[-1]
     if tuple(joint.shape) != (own_shape[0], sum(sizes)):

@@ -66,12 +66,11 @@ class TokenMask(BatchMasks):
         """Return this mask with these masks as ``unit_masks``, the first of each new shape."""
         token_masks = self.masks[: len(self.masks) - len(self.unit_masks)]
         shapes = {mask.shape for mask in token_masks if mask is not None}
-        new = copy.copy(self)
-        new.unit_masks = []
+        first: dict[torch.Size, Tensor] = {}
         for mask in unit_masks:
-            if mask.shape not in shapes:
-                shapes.add(mask.shape)
-                new.unit_masks.append(mask)
+            first.setdefault(mask.shape, mask)
+        new = copy.copy(self)
+        new.unit_masks = [mask for shape, mask in first.items() if shape not in shapes]
         new.masks, new._rows = (*token_masks, *new.unit_masks), {}
         return new
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +55,7 @@ def record_step(run: CalibrationPass) -> dict[str, Any]:
     for key, value in numbers.items():
         run.history[key].append(value)
     lowest = min(
-        ((v, i) for i, v in enumerate(similarity) if v is not None and not math.isnan(v)),
+        ((v, i) for i, v in enumerate(similarity) if v is not None),
         default=None,
     )
     slowest = None if lowest is None else run.layer_names[lowest[1]]

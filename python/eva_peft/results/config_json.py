@@ -32,13 +32,13 @@ _ALWAYS_SAVED = ("r", "lora_alpha", "target_modules")
 
 def config_to_dict(config: LoraConfig) -> dict[str, Any]:
     """Return the settings that an adapter is built from, JSON-able."""
-    fields = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name, None)
-        if field.name in OMITTED_FIELDS or value is None:
+    fields, default = {}, LoraConfig()
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name, None)
+        if name in OMITTED_FIELDS or value is None:
             continue
-        if field.name in _ALWAYS_SAVED or value != _field_default(field):
-            fields[field.name] = _to_plain(value)
+        if name in _ALWAYS_SAVED or value != getattr(default, name, None):
+            fields[name] = _to_plain(value)
     eva = config.eva_config
     fields["eva_config"] = None if eva is None else {k: _to_plain(v) for k, v in vars(eva).items()}
     return fields
@@ -64,12 +64,6 @@ def config_from_dict(values: dict[str, Any]) -> LoraConfig:
     config.init_lora_weights = init
     config.eva_config = None if eva is None else EvaConfig(**eva)
     return config
-
-
-def _field_default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
 
 
 def _to_plain(value: Any) -> Any:
