@@ -260,8 +260,7 @@ def without_string_columns(arguments: dict[str, Any], model: nn.Module) -> dict[
     columns = {k for k, v in arguments.items() if _is_strings(v)}
     if not columns:
         return arguments
-    base = base_model_of(model)
-    named = inspect.signature(base.forward).parameters
+    named = {p.name for p in _parameters(base_model_of(model)) or []}
     return {k: v for k, v in arguments.items() if k not in columns or k in named}
 
 

@@ -423,6 +423,19 @@ def test_type_error_raised_inside_the_model_passes_through() -> None:
             run(Wrong(), iter([batch]), lora(target_modules=["lin"]))
 
 
+def test_forward_without_a_signature() -> None:
+    class Compiled(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    Compiled.forward.__signature__ = "none"  # type: ignore[attr-defined]
+    x, config = vectors()[0], lora(target_modules=["0"])
+    for batch in (x, (x,), {"x": x, "names": ["a", "b"]}):
+        assert run(Compiled(nn.Linear(20, 4)), iter([batch]), config).tokens == len(x)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        run(Compiled(nn.Linear(20, 4)), [{"y": x}], config)
+
+
 @pytest.mark.parametrize("later", [False, True])
 def test_error_not_caused_by_the_mapping_passes_through(later: bool) -> None:
     class Passing(nn.Module):
