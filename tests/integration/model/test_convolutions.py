@@ -314,8 +314,10 @@ def test_custom_modules_of_peft_keep_the_default(prepared: bool) -> None:
     config = lora(target_modules=["0", "1"])
     config._register_custom_module({Parallel: LoraLinear})
     given = wrapped(model, config) if prepared else model
-    with pytest.warns(EvaWarning, match="linear layers and convolutions; .*initialisation: 0"):
+    message = "linear layers and convolutions; .*initialisation: 0"
+    with pytest.warns(EvaWarning, match=message) as warned:
         done = eva_kernels.initialize(given, vectors(), config, max_steps=3, **QUIET)
+    assert len(warned) == 1  # though targets are also found before the pass
     assert list(done.eva_result.ranks) == ["1"]
     first = lora_layers(done)["0"].lora_A["default"].weight
     assert not torch.allclose(first @ first.mT, torch.eye(4), atol=1e-3)
