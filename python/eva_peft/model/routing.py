@@ -188,12 +188,14 @@ class RoutedInputs(TorchFunctionMode):
 
         Args:
             x: the tokens.
-            weight: 2-D, if it is a watched one.
+            weight: of one expert, or, like x with a dimension more, of all.
             summed_dim: the dimension of the weight that the product sums over.
         """
         for expert, layer_of_expert in self._experts_sharing_memory(weight):
             parameter = expert.parameter
             if weight.dim() != 2:
+                if x.dim() == weight.dim() == 3 and len(x) == len(weight):
+                    self._report_batched_product(x, weight)
                 return
             offset = int(weight.storage_offset() - parameter.storage_offset())
             index, remainder = (

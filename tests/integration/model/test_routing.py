@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_all_forms_of_a_matrix_product_are_detected() -> None:
     assert [(layer, id(given)) for layer, given in called] == [(11, id(x))] * len(products)
 
 
-def test_batched_products_of_all_experts_are_detected() -> None:
+@pytest.mark.parametrize("product", [torch.bmm, Tensor.bmm, torch.matmul, operator.matmul])
+def test_batched_products_of_all_experts_are_detected(product: Any) -> None:
     called: list[Any] = []
     memory = torch.randn(104)
     transposed_weight, weight = (memory[begin : begin + 48].view(3, 4, 4) for begin in (0, 52))
@@ -68,17 +70,18 @@ def test_batched_products_of_all_experts_are_detected() -> None:
     weights += [(i + 20, ExpertWeight(transposed_weight, i, transposed=True)) for i in (0, 1)]
     routed = RoutedInputs(weights, lambda *given: called.append(given))
     with routed:
-        torch.bmm(parts, weight.transpose(1, 2))
+        product(parts, weight.transpose(1, 2))
         assert [layer for layer, _ in called] == [10, 12]
-        parts.bmm(transposed_weight)
+        product(parts, transposed_weight)
         assert [layer for layer, _ in called] == [10, 12, 20, 21]
         assert all(torch.equal(given, parts[layer % 10]) for layer, given in called)
-        parts[:2].bmm(transposed_weight[:2])  # not the weights of all experts
-        torch.bmm(parts, memory[51:99].view(3, 4, 4).mT)
+        product(parts[:2], transposed_weight[:2])  # not the weights of all experts
+        product(parts, memory[51:99].view(3, 4, 4).mT)
         assert (len(called), routed.transposed_layers) == (4, set())
-        torch.bmm(parts, weight)
+        product(parts, weight)
         assert routed.transposed_layers == {10, 12}
-        parts.bmm(transposed_weight.mT)
+        product(parts, transposed_weight.mT)
+        torch.matmul(parts[:1], transposed_weight)  # the same tokens for all experts
     assert (len(called), routed.transposed_layers) == (4, {10, 12, 20, 21})
 
 
