@@ -308,3 +308,23 @@ def test_mask_of_values_in_as_many_patches_hides_no_token(additive: bool) -> Non
     data = [{"target": torch.randn(3, 16, 16), "observed_mask": mask} for _ in range(4)]
     result = run(Model().eval(), data, lora(tau=1.0, target_modules=["reads"]), **EXACT)
     assert result.tokens == 4 * 48
+
+
+def test_own_mask_beside_the_context_mask_of_the_batch_applies() -> None:
+    class ContextBlock(KeepBlock):
+        def forward(self, x: Tensor, mask: Tensor, **context: Tensor) -> Tensor:
+            return super().forward(x, mask)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.block = nn.Embedding(VOCABULARY, 16), ContextBlock()
+
+        def forward(self, ids: Tensor, **context: Tensor) -> Tensor:
+            return self.block(self.words(ids), ids != 0, **context)
+
+    context = {"encoder_hidden_states": torch.ones(3, 5, 16)}
+    context["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 0]] * 3)
+    data = [{**batch, **context} for batch in batches()]
+    config = lora(tau=1.0, target_modules=["before"])
+    assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
