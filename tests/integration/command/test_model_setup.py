@@ -196,3 +196,27 @@ def test_empty_data_option_is_an_error(home: Path, tmp_path: Path) -> None:
     assert message.startswith(
         "error: no data given; pass the path of a .jsonl, .parquet or .txt file"
     )
+
+
+def test_options_of_the_texts_and_the_model_are_passed_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts: dict[str, Any] = {}
+    model: list[Any] = []
+
+    def load_texts(name: str, **options: Any) -> list[str]:
+        texts.update(options)
+        return ["a text"]
+
+    def load_model(*options: Any) -> None:
+        model.extend(options)
+        raise EvaValueError("enough is known")
+
+    monkeypatch.setattr("eva_peft.command.data.load_texts", load_texts)
+    monkeypatch.setattr("eva_peft.cli.load_model", load_model)
+    given = ["--split", "test", "--text-column", "words", "--limit", 7, "--dtype", "bfloat16"]
+    given += ["--device-map", "auto", "--seed", 5, "--task", "masked-lm"]
+    assert "enough is known" in reason(init(home, tmp_path / "out", *given))
+    assert texts.pop("tokenizer").vocab_size > 26
+    assert texts == {"split": "test", "text_column": "words", "limit": 7}
+    assert model[1:] == [Task.MASKED_LM, "bfloat16", None, "auto", 5]
