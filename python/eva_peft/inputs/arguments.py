@@ -30,6 +30,7 @@ __all__ = [
     "model_arguments",
     "positional_to_named",
     "raise_if_mapping_refused",
+    "raise_if_nested",
     "raise_if_not_taken",
     "takes_whole_mapping",
     "without_labels",
@@ -194,7 +195,7 @@ def as_one_argument(batch: Any, model: nn.Module) -> Any:
     """
     if isinstance(batch, Mapping) and takes_whole_mapping(batch, model):
         return batch
-    raise _refusal_error(batch, base_model_of(model))
+    raise _refusal_error(_contents(batch), base_model_of(model))
 
 
 def raise_if_not_taken(
@@ -219,9 +220,30 @@ def raise_if_not_taken(
     unknown = has_names and bool(known) and not takes_varargs and not kwargs.keys() & known
     pairs = _positional_pairs(parameters, batch if isinstance(batch, (tuple, list)) else [])
     misplaced = _num_inputs(pairs, getattr(base, "config", None)) < len(pairs)
-    if unknown or misplaced or (pairs and not isinstance(pairs[0][1], Tensor)):
-        # it may pass on **kwargs, so the error may have another cause: quote it
-        raise _refusal_error(batch, base, f" (it failed with {error!r})") from error
+    name = parameters[0].name if parameters else ""
+    first = pairs[0][1] if pairs else kwargs.get(name)
+    # it may pass on **kwargs, so the error may have another cause: quote it
+    why = f" (it failed with {error!r})"
+    if first is not None and not isinstance(first, Tensor):
+        raise _refusal_error(f"{name} of type {type(first).__name__}", base, why) from error
+    if unknown or misplaced:
+        raise _refusal_error(_contents(batch), base, why) from error
+
+
+def raise_if_nested(batch: Any, model: nn.Module) -> None:
+    """Refuse nested tensors for a model of transformers: none takes them.
+
+    Raises:
+        EvaTypeError: this is the case.
+    """
+    parts = batch.values() if isinstance(batch, Mapping) else batch
+    parts = parts if isinstance(batch, (Mapping, tuple, list)) else [batch]
+    nested = any(isinstance(part, Tensor) and part.is_nested for part in parts)
+    if nested and is_defined_in_transformers(base := base_model_of(model)):
+        raise EvaTypeError(
+            f"{type(base).__name__} does not take nested tensors. Let the loader pad them, by "
+            "torch.nested.to_padded_tensor for example, and yield an attention_mask, too"
+        )
 
 
 def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> None:
@@ -233,11 +255,15 @@ def raise_if_mapping_refused(batch: Any, model: nn.Module, error: Exception) -> 
     names_type = re.search(rf"\b{type(batch).__name__}\b", str(error))  # not as in "return_dict"
     wrong = names_type and isinstance(error, (AttributeError, TypeError))
     if wrong and not isinstance(error, EvaError):
-        raise _refusal_error(batch, base_model_of(model), f" (it failed with {error!r})") from error
+        why = f" (it failed with {error!r})"
+        raise _refusal_error(_contents(batch), base_model_of(model), why) from error
 
 
-def _refusal_error(batch: Any, base: nn.Module, why: str = "") -> EvaTypeError:
-    given = f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
+def _contents(batch: Any) -> str:
+    return f"the names {sorted(batch)}" if isinstance(batch, Mapping) else "its values"
+
+
+def _refusal_error(given: str, base: nn.Module, why: str = "") -> EvaTypeError:
     names = [p.name for p in _parameters(base) or []]
     return EvaTypeError(
         f"{type(base).__name__}.forward({', '.join(names)}) does not take a batch with {given}{why}"

@@ -206,11 +206,22 @@ def test_errors_are_explained_where_forward_takes_no_name() -> None:
 
 def test_errors_are_explained_where_a_part_cannot_be_its_argument() -> None:
     pair = IDS, MASK, 2 * IDS, MASK, [0, 0]  # a preferred text, a rejected one, and more
-    for batch in (pair, IDS.tolist()):
-        with pytest.raises(EvaTypeError, match=r"with its values .*it failed with .*forward_fn"):
+    ids, named = IDS.tolist(), {"input_ids": IDS.tolist(), "attention_mask": MASK}
+    lists = (ids, "list"), (named, "list"), (["one", "two"], "str"), ([object()] * 2, "object")
+    for batch, what in ((pair, "its values"), *((b, f"input_ids of type {t}") for b, t in lists)):
+        with pytest.raises(EvaTypeError, match=rf"batch with {what} .*it failed with .*forward_fn"):
             run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
     texts, raised = (IDS, MASK), IndexError("index out of range")
     raise_if_not_taken(texts, {}, make_llama(), raised)  # they can be: it has another cause
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_nested_tensors_are_refused_with_the_remedy(layout: torch.layout) -> None:
+    ids = torch.nested.nested_tensor([IDS[0], IDS[1, :2]], layout=layout)
+    for batch in (ids, (ids, IDS), {"input_ids": ids, "labels": ids}):
+        with pytest.raises(EvaTypeError, match=r"nested tensors.*to_padded_tensor.*attention_mask"):
+            run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
 
 
 class AnyKeyword(LlamaForCausalLM):
