@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._peft_compat import base_model_of
-from ..errors import EvaError, EvaTypeError
+from ..errors import EvaError, EvaTypeError, EvaValueError
 from ..model.architecture import (
     Architecture,
     forward_signature,
@@ -20,6 +20,7 @@ from ..model.architecture import (
     is_transformers_model,
 )
 from ..surroundings.memory import is_out_of_memory
+from .mask_contents import hides_where_true
 
 __all__ = [
     "PADDING_MASKS",
@@ -30,7 +31,7 @@ __all__ = [
     "model_arguments",
     "positional_to_named",
     "raise_if_mapping_refused",
-    "raise_if_nested",
+    "raise_if_misread",
     "raise_if_not_taken",
     "takes_whole_mapping",
     "without_labels",
@@ -230,19 +231,26 @@ def raise_if_not_taken(
         raise _refusal_error(_contents(batch), base, why) from error
 
 
-def raise_if_nested(batch: Any, model: nn.Module) -> None:
-    """Refuse nested tensors for a model of transformers: none takes them.
+def raise_if_misread(batch: Any, model: nn.Module) -> None:
+    """Refuse what no model of transformers takes: nested tensors, and masks of what is hidden.
 
     Raises:
-        EvaTypeError: this is the case.
+        EvaTypeError, EvaValueError: this is the case.
     """
+    if not is_defined_in_transformers(base := base_model_of(model)):
+        return
     parts = batch.values() if isinstance(batch, Mapping) else batch
     parts = parts if isinstance(batch, (Mapping, tuple, list)) else [batch]
-    nested = any(isinstance(part, Tensor) and part.is_nested for part in parts)
-    if nested and is_defined_in_transformers(base := base_model_of(model)):
+    if any(isinstance(part, Tensor) and part.is_nested for part in parts):
         raise EvaTypeError(
             f"{type(base).__name__} does not take nested tensors. Let the loader pad them, by "
             "torch.nested.to_padded_tensor for example, and yield an attention_mask, too"
+        )
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and hides_where_true(mask):
+        raise EvaValueError(
+            "the attention_mask of a batch is true where a token does not attend to another, but "
+            f"{type(base).__name__} reads it the other way round; let the loader invert it"
         )
 
 

@@ -15,6 +15,7 @@ from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
 from .batches import as_mapping
+from .mask_contents import hides_where_true
 from .media_masks import audio_mask_of, has_audio, has_images, pixel_masks_of, tile_mask_of
 from .token_mask import TokenMask
 
@@ -357,7 +358,7 @@ def token_mask(mask: Any, num_cached: int = 0, num_tokens: int = 0) -> Tensor | 
 
     A pairwise mask, (B, T, T) or (B, heads or 1, T or 1, S), says which token attends to which. A
     token that does not attend even to itself is padding; padding that attends to itself cannot be
-    recognised.
+    recognised. Ones may mean either, see :func:`hides_where_true`.
 
     Args:
         mask: anything that is not such a mask gives ``None``.
@@ -368,6 +369,8 @@ def token_mask(mask: Any, num_cached: int = 0, num_tokens: int = 0) -> Tensor | 
         return None
     if mask.dim() == 3 and mask.shape[1] == mask.shape[2]:
         mask = mask[:, None]
+    if hides_where_true(mask):
+        mask = mask == 0
     if mask.dim() == 4 and mask.shape[2] + num_cached <= mask.shape[3]:
         head = mask[:, 0]
         shared = mask.shape[2] == 1  # (B, 1, 1, T): the same for every token

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "hides_where_true",
     "is_contiguous",
     "is_pairwise",
     "kept_by_attention",
@@ -39,9 +40,26 @@ def kept_by_attention(mask: Tensor) -> Tensor | None:
     kept = zero if additive else one
     if square and kept.diagonal().all() and not kept.triu(1).any():
         return None  # pairwise and causal: each token sees itself, and none after it
-    if pairs is not None and _sees_padding(pairs, kept, additive):
+    if pairs is not None and hides_where_true(pairs):
+        kept = zero
+    elif pairs is not None and _sees_padding(pairs, kept, additive):
         return None  # of other things, such as the values in as many patches
     return kept if _keeps_every_sample(kept) else None
+
+
+def hides_where_true(mask: Tensor) -> bool:
+    """Tell whether a mask is pairwise, (..., T, T), not additive, and true of what is hidden.
+
+    It is if not every token that others see sees itself, but every one in the inverted mask does.
+    """
+    if not is_pairwise(mask) or mask.shape[-2] != mask.shape[-1]:
+        return False
+    inverted = not _seen_see_themselves(mask != 0) and _seen_see_themselves(mask == 0)
+    return inverted and not bool((mask < 0).any())
+
+
+def _seen_see_themselves(visible: Tensor) -> bool:
+    return bool((visible.diagonal(dim1=-2, dim2=-1) | ~visible.any(-2)).all())
 
 
 def _sees_padding(pairs: Tensor, kept: Tensor, additive: bool) -> bool:

@@ -9,8 +9,18 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from eva_kernels import EvaValueError
 from eva_peft.inputs.part_masks import parts_taking_masks
-from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run, wrapped
+from integration.conftest import (
+    VOCABULARY,
+    layer_inputs,
+    lora,
+    lost,
+    make_bert,
+    make_llama,
+    run,
+    wrapped,
+)
 from integration.inputs.padding_blocks import EXACT, KEPT, LENGTHS, KeepBlock, batches
 
 
@@ -328,3 +338,51 @@ def test_own_mask_beside_the_context_mask_of_the_batch_applies() -> None:
     data = [{**batch, **context} for batch in batches()]
     config = lora(tau=1.0, target_modules=["before"])
     assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
+
+
+class HiddenPairs(nn.Module):
+    """Takes or makes a causal mask that is true of what is hidden, as in Megatron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.block = nn.Embedding(VOCABULARY, 16), HiddenPairsBlock()
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        hidden = hidden_pairs(ids, rows=False) if attention_mask is None else attention_mask
+        return self.block(self.words(ids), hidden)
+
+
+class HiddenPairsBlock(KeepBlock):
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.run(x, None, attention_mask.bool()[:, 0].all(1))
+
+
+def hidden_pairs(ids: Tensor, rows: bool) -> Tensor:
+    """Return what each token does not see; of padding that is everything if ``rows``."""
+    kept, causal = ids != 0, torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+    seen = causal & kept[:, None, None]
+    return ~(seen & kept[:, None, :, None]) if rows else ~seen
+
+
+@pytest.mark.parametrize("given", ["made", "keys", "rows", "integers"])
+def test_pairwise_mask_that_is_true_of_what_is_hidden(given: str) -> None:
+    # no padding in some samples, or some in each
+    data = [{"ids": nn.functional.pad(b["ids"], (0, i % 2))} for i, b in enumerate(batches())]
+    if given != "made":
+        masks = [hidden_pairs(batch["ids"], given != "keys") for batch in data]
+        masks = [mask.long() if given == "integers" else mask for mask in masks]
+        data = [{**batch, "attention_mask": m} for batch, m in zip(data, masks, strict=True)]
+    model, names = HiddenPairs().eval(), ["block.before", "block.behind"]
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
+    rows = torch.cat([batch["ids"].flatten() != 0 for batch in data])
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[rows]) < 1e-5
+
+
+def test_models_of_transformers_refuse_a_mask_that_is_true_of_what_is_hidden() -> None:
+    ids = batches()[0]["ids"]
+    batch = {"input_ids": ids, "attention_mask": hidden_pairs(ids, rows=False)}
+    with pytest.raises(EvaValueError, match="reads it the other way round; let the loader invert"):
+        run(make_llama(), [batch], lora(target_modules=["q_proj"]))
