@@ -100,12 +100,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
     if isinstance(batch, Tensor):
         return copy_to_device(device, batch)
-    if isinstance(batch, Mapping):
-        moved = {k: to_device(v, device) for k, v in batch.items()}
-        try:
-            return type(batch)(moved)  # type: ignore[call-arg]
-        except TypeError:
-            return moved
+    if isinstance(batch, Mapping) and not _is_tensor_dict(batch):
+        return _of_type(batch, {k: to_device(v, device) for k, v in batch.items()})
     if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
         copied = copy(batch)
         returned = copied.to(device)
@@ -113,15 +109,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (tuple, list)):
-        plain = [to_device(v, device) for v in batch]
-        try:
-            return type(batch)(plain)
-        except TypeError:
-            return plain
+        return _of_type(batch, [to_device(v, device) for v in batch])
     if is_dataclass(batch) and not isinstance(batch, type):
         moved = {k: to_device(v, device) for k, v in dataclass_fields(batch).items()}
         return replace(batch, **moved)
     return batch
+
+
+def _of_type(original: Any, plain: Any) -> Any:
+    """Return a dict or a list as the type of the original, if that can be made of it."""
+    try:
+        return type(original)(plain)
+    except TypeError:
+        return plain
 
 
 def dataclass_fields(batch: Any) -> dict[str, Any]:
@@ -170,10 +170,17 @@ def _values(batch: Any) -> Iterable[Any]:
 
 
 def as_mapping(batch: Any) -> Any:
-    """Return the fields of a dataclass object as a dict, anything else as it is."""
+    """Return the fields of a dataclass object, or a TensorDict, as a dict, all else as it is."""
+    if _is_tensor_dict(batch):
+        return dict(batch.items())
     if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
         return dataclass_fields(batch)
     return batch
+
+
+def _is_tensor_dict(batch: Any) -> bool:
+    """Tell whether a mapping is a TensorDict, which iterates over its samples, not its names."""
+    return isinstance(batch, Mapping) and hasattr(batch, "batch_size")
 
 
 def as_tensors(batch: Any) -> Any:
@@ -287,7 +294,7 @@ def without_padding(
     """
     # custom layers may pool over padding, or flatten inputs of one fixed length
     padding_matters = architecture.tokens_depend_on_padding or architecture.has_own_layers
-    if padding_matters or not isinstance(batch, Mapping):
+    if padding_matters or not isinstance(batch, Mapping) or _is_tensor_dict(batch):
         return [batch]
     mask = batch.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
@@ -345,9 +352,7 @@ def _group_by_length(lengths: list[int], overhead: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def _cut_batch(
-    batch: Mapping[str, Any], rows: list[int], columns: int, num_kept: int
-) -> dict[str, Any]:
+def _cut_batch(batch: Mapping[str, Any], rows: list[int], columns: int, num_kept: int) -> Any:
     cut = {}
     for key, value in batch.items():
         if isinstance(value, Tensor):
@@ -355,4 +360,4 @@ def _cut_batch(
             if key in _TOKEN_KEYS and value.dim() >= 2 and value.shape[1] == columns:
                 value = value[:, : max(num_kept, 1)]
         cut[key] = value
-    return cut
+    return _of_type(batch, cut)  # as a user's forward may read attributes of a BatchEncoding

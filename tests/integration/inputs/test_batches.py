@@ -6,7 +6,7 @@ import gc
 import itertools
 import weakref
 from collections import defaultdict, namedtuple
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +89,72 @@ def as_user_dict(batch: dict[str, Tensor]) -> Any:
     return Mine(batch)
 
 
-@pytest.mark.parametrize("make", [dict, BatchEncoding, as_dataclass, as_user_dict])
+class Samples(MutableMapping):
+    """As a TensorDict: a mapping that iterates over its samples, and that can be moved."""
+
+    def __init__(self, parts: dict[str, Tensor], batch_size: tuple[int, ...] = ()) -> None:
+        self.parts, self.batch_size = parts, batch_size
+
+    def to(self, device: torch.device) -> Samples:
+        return Samples({k: v.to(device) for k, v in self.parts.items()}, self.batch_size)
+
+    def keys(self) -> Any:
+        return self.parts.keys()
+
+    def items(self) -> Any:
+        return self.parts.items()
+
+    def values(self) -> Any:
+        return self.parts.values()
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            return self.parts[key]
+        return Samples({k: v[key] for k, v in self.items()})
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.parts[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.parts[key]
+
+    def __iter__(self) -> Any:
+        return (self[i] for i in range(len(self)))
+
+    def __len__(self) -> int:
+        return self.batch_size[0]
+
+
+def as_tensor_dict(batch: dict[str, Tensor]) -> Any:
+    return Samples(batch, tuple(batch["input_ids"].shape[:1]))
+
+
+class TakesWhole(nn.Module):
+    """Reads attributes that a plain dict does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make_llama()
+
+    def forward(self, batch: Any) -> Any:
+        names = ("input_ids", "attention_mask")
+        if isinstance(batch, Samples):
+            assert batch.batch_size == (len(batch["input_ids"]),)
+            return self.inner(**{name: batch[name] for name in names})
+        return self.inner(**{name: getattr(batch, name) for name in names})
+
+
+@pytest.mark.parametrize("make", [BatchEncoding, as_dataclass, as_tensor_dict])
+def test_batch_keeps_its_type_where_the_model_takes_it_whole(make: Any) -> None:
+    config = lora(tau=1.0, target_modules=["q_proj"])
+    expected = run(make_llama(), iter(TEXTS), config, method="gram")
+    result = run(TakesWhole(), (make(b) for b in TEXTS), config, method="gram")
+    assert result.tokens == expected.tokens
+    for name, rows in expected.components.items():
+        torch.testing.assert_close(rows, result.components[f"inner.{name}"])
+
+
+@pytest.mark.parametrize("make", [dict, BatchEncoding, as_dataclass, as_user_dict, as_tensor_dict])
 def test_every_kind_of_masked_batch_gives_the_same_result(make: Any) -> None:
     expected = run(make_llama(), iter(TEXTS), lora(tau=1.0), method="gram")
     result = run(make_llama(), (make(b) for b in TEXTS), lora(tau=1.0), method="gram")
