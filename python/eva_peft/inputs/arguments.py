@@ -32,6 +32,7 @@ __all__ = [
     "positional_to_named",
     "raise_if_mapping_refused",
     "raise_if_misread",
+    "raise_if_nested",
     "raise_if_not_taken",
     "takes_whole_mapping",
     "without_labels",
@@ -219,7 +220,8 @@ def raise_if_not_taken(
     takes_varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)  # as by a decorator
     has_names = isinstance(batch, Mapping) and bool(batch)
     unknown = has_names and bool(known) and not takes_varargs and not kwargs.keys() & known
-    pairs = _positional_pairs(parameters, batch if isinstance(batch, (tuple, list)) else [])
+    parts = batch if isinstance(batch, (tuple, list)) else [batch]
+    pairs = _positional_pairs(parameters, [] if isinstance(batch, Mapping) else parts)
     misplaced = _num_inputs(pairs, getattr(base, "config", None)) < len(pairs)
     name = parameters[0].name if parameters else ""
     first = pairs[0][1] if pairs else kwargs.get(name)
@@ -231,22 +233,38 @@ def raise_if_not_taken(
         raise _refusal_error(_contents(batch), base, why) from error
 
 
-def raise_if_misread(batch: Any, model: nn.Module) -> None:
-    """Refuse what no model of transformers takes: nested tensors, and masks of what is hidden.
+def raise_if_nested(batch: Any, model: nn.Module) -> None:
+    """Refuse nested tensors for a model of transformers: none takes them.
 
     Raises:
-        EvaTypeError, EvaValueError: this is the case.
+        EvaTypeError: this is the case.
     """
-    if not is_defined_in_transformers(base := base_model_of(model)):
-        return
     parts = batch.values() if isinstance(batch, Mapping) else batch
     parts = parts if isinstance(batch, (Mapping, tuple, list)) else [batch]
-    if any(isinstance(part, Tensor) and part.is_nested for part in parts):
+    nested = any(isinstance(part, Tensor) and part.is_nested for part in parts)
+    if nested and is_defined_in_transformers(base := base_model_of(model)):
         raise EvaTypeError(
             f"{type(base).__name__} does not take nested tensors. Let the loader pad them, by "
             "torch.nested.to_padded_tensor for example, and yield an attention_mask, too"
         )
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+
+
+def raise_if_misread(batch: Any, model: nn.Module) -> None:
+    """Refuse what a model of transformers may run on, but reads as something else.
+
+    Raises:
+        EvaValueError: samples of token ids that are batches of one each, or a mask of what is
+            hidden.
+    """
+    base = base_model_of(model)
+    if not isinstance(batch, Mapping) or not is_defined_in_transformers(base):
+        return
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if isinstance(ids, Tensor) and ids.dim() == 3 and ids.shape[1] == 1:
+        raise EvaValueError(
+            f"a batch has input_ids of shape {tuple(ids.shape)}: every sample in it is a batch of "
+            "one, as a tokenizer makes it with return_tensors; let the dataset yield its first row"
+        )
     if isinstance(mask, Tensor) and hides_where_true(mask):
         raise EvaValueError(
             "the attention_mask of a batch is true where a token does not attend to another, but "

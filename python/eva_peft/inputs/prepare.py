@@ -104,10 +104,11 @@ class Preparer:
         """
         by_default = self._options.forward_fn is None
         if by_default:
-            arguments.raise_if_misread(batch, self._model)
+            arguments.raise_if_nested(batch, self._model)
             whole = batches.as_mapping(batch)
             if whole is batch or not arguments.takes_whole_mapping(whole, self._model):
                 batch = batches.as_tensors(arguments.positional_to_named(whole, self._model))
+                arguments.raise_if_misread(batch, self._model)
         parts = [batch]
         if by_default and self._options.trim_padding and self.masks_from_batches:
             parts = batches.without_padding(

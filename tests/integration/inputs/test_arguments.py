@@ -208,6 +208,7 @@ def test_errors_are_explained_where_a_part_cannot_be_its_argument() -> None:
     pair = IDS, MASK, 2 * IDS, MASK, [0, 0]  # a preferred text, a rejected one, and more
     ids, named = IDS.tolist(), {"input_ids": IDS.tolist(), "attention_mask": MASK}
     lists = (ids, "list"), (named, "list"), (["one", "two"], "str"), ([object()] * 2, "object")
+    lists += ((SimpleNamespace(to=lambda device: None), "SimpleNamespace"),)
     for batch, what in ((pair, "its values"), *((b, f"input_ids of type {t}") for b, t in lists)):
         with pytest.raises(EvaTypeError, match=rf"batch with {what} .*it failed with .*forward_fn"):
             run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))

@@ -124,6 +124,9 @@ class Samples(MutableMapping):
     def __len__(self) -> int:
         return self.batch_size[0]
 
+    def __repr__(self) -> str:
+        return f"Samples({self.parts})"
+
 
 def as_tensor_dict(batch: dict[str, Tensor]) -> Any:
     return Samples(batch, tuple(batch["input_ids"].shape[:1]))

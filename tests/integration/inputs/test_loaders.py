@@ -382,3 +382,13 @@ def test_accelerate_loader_does_not_affect_gradient_accumulation(steps: int) -> 
         with accelerator.accumulate(model):
             synced.append(accelerator.sync_gradients)
     assert synced == [False, False, False]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_samples_that_are_batches_of_one_are_refused(listed: bool) -> None:
+    rows = torch.arange(3, 11).reshape(2, 1, 4)
+    samples = [{"input_ids": ids, "attention_mask": ids > 0} for ids in rows]
+    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+    batch = columns if listed else next(iter(DataLoader(samples, batch_size=2)))
+    with pytest.raises(EvaValueError, match=r"\(2, 1, 4\).*let the dataset yield its first row"):
+        run(make_llama(), [batch], lora(target_modules=["q_proj"]))
