@@ -59,6 +59,9 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     Targets, as in (input, target), are dropped, or passed as labels if the model takes those. They
     are the parts beyond the parameters of ``forward``, or from the first part on that cannot be
     the value of its parameter.
+
+    Raises:
+        EvaTypeError: the parts are samples, of which all but the first would be dropped.
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
@@ -74,6 +77,8 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     targets = batch[num_inputs:]
     if not num_inputs or not all(_is_target(part, batch[0]) for part in targets):
         return batch
+    if targets and _are_samples(batch[0], targets, config):
+        raise _samples_error()
     named = {p.name: part for p, part in pairs[:num_inputs]}
     takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
     if targets and takes_labels and not targets[0].is_floating_point():
@@ -107,6 +112,27 @@ def _is_target(part: Any, inputs: Any) -> bool:
     if inputs.dim() > 1 and not inputs.is_floating_point():
         return True  # the first holds a batch's token ids, the part their labels
     return (part.shape, part.dtype) != (inputs.shape, inputs.dtype)
+
+
+def _are_samples(inputs: Any, targets: Sequence[Any], config: Any) -> bool:
+    """Tell whether tensors hold token ids of a sample each, not of one sample and its targets."""
+    for part in (inputs, *targets):
+        if part.is_floating_point() or part.dim() != 2 or len(part) != 1 or part.numel() == 1:
+            return False
+        if _may_be_mask(part) or bool((part < 0).any()):
+            return False
+    # a decoder's token labels are as many as its tokens
+    decoder = getattr(config, "is_encoder_decoder", None) is False
+    unequal = any(part.shape != inputs.shape for part in targets)
+    return len(targets) > 1 or (decoder and unequal)
+
+
+def _samples_error() -> EvaTypeError:
+    return EvaTypeError(
+        "a batch is a list of samples; give the loader a collator that makes one mapping of them, "
+        "such as transformers' DataCollatorWithPadding, or pass forward_fn to tokenise them and "
+        "run the model"
+    )
 
 
 def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, config: Any) -> bool:
@@ -156,11 +182,7 @@ def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
         if own and accepts_arguments(tuple(batch), {}, model):
             return tuple(batch), {}  # such as a query and passages, each with a mask
         if samples and all(samples):
-            raise EvaTypeError(
-                "a batch is a list of samples; give the loader a collator that makes one mapping "
-                "of them, such as transformers' DataCollatorWithPadding, or pass forward_fn to "
-                "tokenise them and run the model"
-            )
+            raise _samples_error()
         if any(samples):
             raise EvaTypeError(
                 "a batch is a sequence with a mapping among other things, such as (inputs, "

@@ -392,3 +392,14 @@ def test_samples_that_are_batches_of_one_are_refused(listed: bool) -> None:
     batch = columns if listed else next(iter(DataLoader(samples, batch_size=2)))
     with pytest.raises(EvaValueError, match=r"\(2, 1, 4\).*let the dataset yield its first row"):
         run(make_llama(), [batch], lora(target_modules=["q_proj"]))
+
+
+def test_samples_in_a_list_are_not_taken_for_one_and_its_targets() -> None:
+    ids, config = torch.arange(3, 15)[None], lora(target_modules=["q_proj"])
+    for batch in ([ids, ids + 1, ids + 2], [ids, ids[:, :5]]):
+        with pytest.raises(EvaTypeError, match="list of samples; give the loader a collator"):
+            run(make_llama(), [batch], config)
+    several, label = torch.cat([ids, ids + 1]), torch.tensor([[3]])
+    for batch in ([ids, ids + 1], [ids, label], [ids, ids + 1, ids > 0], [several, several[:, :5]]):
+        result = run(make_llama(), [batch], config, max_steps=1)
+        assert result.tokens == batch[0].numel()
