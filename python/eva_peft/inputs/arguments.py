@@ -281,12 +281,14 @@ def raise_if_misread(batch: Any, model: nn.Module) -> None:
     base = base_model_of(model)
     if not isinstance(batch, Mapping) or not is_defined_in_transformers(base):
         return
-    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
-    if isinstance(ids, Tensor) and ids.dim() == 3 and ids.shape[1] == 1:
-        raise EvaValueError(
-            f"a batch has input_ids of shape {tuple(ids.shape)}: every sample in it is a batch of "
-            "one, as a tokenizer makes it with return_tensors; let the dataset yield its first row"
-        )
+    for key in ("input_ids", "labels") if "input_ids" in batch else ():
+        ids = batch.get(key)
+        if isinstance(ids, Tensor) and ids.dim() == 3 and ids.shape[1] == 1:
+            raise EvaValueError(
+                f"a batch has {key} of shape {tuple(ids.shape)}: every sample is a batch of one, "
+                "as a tokenizer makes it with return_tensors; let the dataset yield its first row"
+            )
+    mask = batch.get("attention_mask")
     if isinstance(mask, Tensor) and hides_where_true(mask):
         raise EvaValueError(
             "the attention_mask of a batch is true where a token does not attend to another, but "

@@ -392,6 +392,9 @@ def test_samples_that_are_batches_of_one_are_refused(listed: bool) -> None:
     batch = columns if listed else next(iter(DataLoader(samples, batch_size=2)))
     with pytest.raises(EvaValueError, match=r"\(2, 1, 4\).*let the dataset yield its first row"):
         run(make_llama(), [batch], lora(target_modules=["q_proj"]))
+    batch = {"input_ids": rows[:, 0], "labels": rows}
+    with pytest.raises(EvaValueError, match=r"labels of shape \(2, 1, 4\)"):
+        run(make_llama(), [batch], lora(target_modules=["q_proj"]))
 
 
 def test_samples_in_a_list_are_not_taken_for_one_and_its_targets() -> None:
