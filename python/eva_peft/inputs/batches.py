@@ -180,7 +180,7 @@ def as_mapping(batch: Any) -> Any:
 
 def _is_tensor_dict(batch: Any) -> bool:
     """Tell whether a mapping is a TensorDict, which iterates over its samples, not its names."""
-    return isinstance(batch, Mapping) and hasattr(batch, "batch_size")
+    return isinstance(batch, Mapping) and hasattr(type(batch), "batch_size")
 
 
 def as_tensors(batch: Any) -> Any:

@@ -92,6 +92,8 @@ def as_user_dict(batch: dict[str, Tensor]) -> Any:
 class Samples(MutableMapping):
     """As a TensorDict: a mapping that iterates over its samples, and that can be moved."""
 
+    batch_size: tuple[int, ...] = ()
+
     def __init__(self, parts: dict[str, Tensor], batch_size: tuple[int, ...] = ()) -> None:
         self.parts, self.batch_size = parts, batch_size
 
