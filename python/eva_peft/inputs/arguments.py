@@ -275,17 +275,27 @@ def raise_if_misread(batch: Any, model: nn.Module) -> None:
     """Refuse what a model of transformers may run on, but reads as something else.
 
     Raises:
-        EvaValueError: samples of token ids that are batches of one each, or a mask of what is
-            hidden.
+        EvaValueError: samples of token ids that are batches of one each, or one number for each
+            sample in place of them, or a mask of what is hidden.
     """
     base = base_model_of(model)
-    if not isinstance(batch, Mapping) or not is_defined_in_transformers(base):
+    if not is_defined_in_transformers(base):
         return
-    for key in ("input_ids", "labels") if "input_ids" in batch else ():
-        ids = batch.get(key)
-        if isinstance(ids, Tensor) and ids.dim() == 3 and ids.shape[1] == 1:
+    named = isinstance(batch, Mapping)
+    parts = batch if isinstance(batch, (tuple, list)) else [batch]
+    pairs = [] if named else _positional_pairs(_parameters(base) or [], parts)
+    batch = batch if named else {parameter.name: part for parameter, part in pairs}
+    ids = batch.get("input_ids")
+    if not named and isinstance(ids, Tensor) and ids.dim() == 1:  # an index, its label, its length
+        raise EvaValueError(
+            f"a batch has input_ids of shape {tuple(ids.shape)}, not of (samples, tokens); let the "
+            f"loader yield a mapping, or parts in the order of {type(base).__name__}.forward"
+        )
+    for key in ("input_ids", "labels") if ids is not None else ():
+        value = batch.get(key)
+        if isinstance(value, Tensor) and value.dim() == 3 and value.shape[1] == 1:
             raise EvaValueError(
-                f"a batch has {key} of shape {tuple(ids.shape)}: every sample is a batch of one, "
+                f"a batch has {key} of shape {tuple(value.shape)}: every sample is a batch of one, "
                 "as a tokenizer makes it with return_tensors; let the dataset yield its first row"
             )
     mask = batch.get("attention_mask")

@@ -107,6 +107,7 @@ class Preparer:
             arguments.raise_if_nested(batch, self._model)
             whole = batches.as_mapping(batch)
             if whole is batch or not arguments.takes_whole_mapping(whole, self._model):
+                arguments.raise_if_misread(whole, self._model)
                 batch = batches.as_tensors(arguments.positional_to_named(whole, self._model))
                 arguments.raise_if_misread(batch, self._model)
         parts = [batch]

@@ -60,6 +60,21 @@ def test_nested_tensors_are_refused_with_the_remedy(layout: torch.layout) -> Non
             run(make_llama(), iter([batch]), lora(target_modules=["q_proj"]))
 
 
+@pytest.mark.parametrize(
+    ("batch", "shape"),
+    [
+        ((torch.arange(2), IDS, MASK), "2,"),  # an index comes first
+        ((torch.arange(2), IDS), "2,"),
+        (list(IDS), "4,"),  # samples
+        (IDS[:, None], "2, 1, 4"),
+        ((IDS[:, None], torch.ones(2)), "2, 1, 4"),
+    ],
+)
+def test_unnamed_parts_that_cannot_be_token_ids_are_refused(batch: Any, shape: str) -> None:
+    with pytest.raises(EvaValueError, match=rf"has input_ids of shape \({shape}\).*let the"):
+        run(make_llama(), [batch], lora(target_modules=["q_proj"]))
+
+
 class AnyKeyword(LlamaForCausalLM):
     """Its ``forward`` does not declare all names that it takes."""
 
