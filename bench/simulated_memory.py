@@ -39,6 +39,7 @@ from eva_kernels.kernels import launch
 from eva_kernels.ops.sketch import sketch_workspace_bytes
 from eva_kernels.streaming import _host, state
 from eva_peft import calibrate, estimate, initialize
+from eva_peft.inputs import prepare
 from eva_peft.lora.wrapping import wrap_model
 
 from . import fake_cuda
@@ -293,6 +294,7 @@ def _device_code_replaced(simulation: Simulation) -> Iterator[None]:
         (calibrate_module, "preserved_random_state", null_context),
         (adapters_module, "preserved_random_state", null_context),
         (calibrate_module, "collect_result", collect_result),
+        (prepare, "warn_of_counted_padding", lambda *args: None),
         (initialize_module, "check_not_trained", lambda model, adapter_name: None),
         (launch, "arch_of", lambda device: launch.ARCHS["sm_90"]),
         (nn.Module, "_apply", fake_cuda.apply_to_module),

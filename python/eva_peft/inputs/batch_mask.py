@@ -19,7 +19,7 @@ from .mask_contents import hides_where_true
 from .media_masks import audio_mask_of, has_audio, has_images, pixel_masks_of, tile_mask_of
 from .token_mask import TokenMask
 
-__all__ = ["mask_of_batch", "split_joint_mask", "token_mask"]
+__all__ = ["mask_of_batch", "split_joint_mask", "token_mask", "warn_of_counted_padding"]
 
 # A Decision Transformer interleaves return, state and action: three tokens a time step.
 _DECISION_TOKENS_PER_STEP = 3
@@ -33,6 +33,8 @@ _CROSS_MASK = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 _UNIT_MASK = re.compile(r"(?<!attention)(?<!padding)_mask$")
 # The mask of own and conditioning tokens in one sequence, see split_joint_mask.
 _JOINT_MASK = "both_mask"
+# The share of a batch's tokens up to which those that pad may be words.
+_FEW = 0.1
 _DEFAULT_ARCHITECTURE = Architecture()
 
 
@@ -90,6 +92,45 @@ def mask_of_batch(
     )
     mask.warned = warned
     return mask
+
+
+def warn_of_counted_padding(
+    batch: Any, mask: TokenMask, model_config: Any, warned: set[str]
+) -> None:
+    """Warn of what seems to be padding, but counts: without a mask, or if that is of ones.
+
+    Args:
+        batch: a mapping, token ids, or a sequence that begins with them.
+        mask: of the batch.
+        model_config: names the token that pads, or the one that ends a text and often pads, too.
+        warned: warnings already given; updated.
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else first
+    if "counted padding" in warned or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return
+    ids = ids.cpu()
+    kept = torch.ones_like(ids) > 0 if mask.main is None else mask.main
+    if kept.shape != ids.shape:
+        return
+    for name in ("pad_token_id", "eos_token_id"):
+        given = getattr(model_config, name, None)
+        for token in given if isinstance(given, list) else [given]:
+            if token is not None and _num_at_ends(kept & (ids == token)) > _FEW * kept.sum():
+                warned.add("counted padding")
+                warn(
+                    f"many texts begin or end with several tokens {token}, the model's {name}, "
+                    "which count, since no attention_mask hides them. If they are padding, let the "
+                    "loader yield an attention_mask that is 0 there"
+                )
+                return
+
+
+def _num_at_ends(chosen: Tensor) -> int:
+    """Return how many tokens at both ends of samples are chosen, one an end aside."""
+    chosen = chosen[~chosen.all(1)]
+    runs = (tokens.cumprod(1).sum(1) for tokens in (chosen, chosen.flip(1)))
+    return sum(int((run - 1).clamp(min=0).sum()) for run in runs)
 
 
 def _with_token_masks(batch: Mapping[str, Any]) -> Mapping[str, Any]:

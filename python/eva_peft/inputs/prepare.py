@@ -9,12 +9,12 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from .._peft_compat import LoraConfig
+from .._peft_compat import LoraConfig, base_model_of
 from ..errors import DeferredError
-from ..model.architecture import Architecture
+from ..model.architecture import Architecture, is_defined_in_transformers
 from ..options import AUTO, CalibrateOptions
 from . import arguments, batches
-from .batch_mask import mask_of_batch
+from .batch_mask import mask_of_batch, warn_of_counted_padding
 from .subsample import Draw
 from .token_mask import TokenMask
 
@@ -92,6 +92,7 @@ class Preparer:
         self._model, self._options, self._config = model, options, config
         self._architecture, self._device = architecture, device
         self._split_by_length = split_by_length
+        self._is_of_transformers = is_defined_in_transformers(base_model_of(model))
         self._warned: set[str] = set()  # warnings already given in this pass
         self._sequence_first: dict[str, bool] = {}  # by layer: whether its input is sequence first
 
@@ -116,6 +117,11 @@ class Preparer:
                 batch, self._device, self._architecture, self._split_by_length
             )
         masks = [self._mask_of(part) for part in parts]
+        # a model of the user's may hide padding itself; later, the host may wait for the device
+        known = by_default and self.masks_from_batches and self._is_of_transformers
+        if known and batch_number == 0:
+            for part, mask in zip(parts, masks, strict=True):
+                warn_of_counted_padding(part, mask, self._architecture.config, self._warned)
         self._draw(masks, batch_number)
         return PreparedBatch(parts, masks)
 

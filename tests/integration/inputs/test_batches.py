@@ -288,12 +288,13 @@ def test_next_epoch_is_reshuffled() -> None:
 def test_no_batch_is_kept_alive(keys: tuple[str, ...]) -> None:
     alive: list[weakref.ref[Tensor]] = []
     most = []
+    texts = text_batches(4, padded=False)
 
     def copies() -> Iterator[dict[str, Tensor]]:
         for i in range(5):
             gc.collect()
             most.append(sum(r() is not None for r in alive))
-            batch = {k: TEXTS[i % 4][k].clone() for k in keys}
+            batch = {k: texts[i % 4][k].clone() for k in keys}
             alive.append(weakref.ref(batch["input_ids"]))
             yield batch
             del batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eva_kernels import EvaWarning
 from eva_kernels.streaming import _host
 from eva_peft.calibrate import CalibrationPass
 from eva_peft.inputs.prepare import Prefetcher, Preparer
@@ -237,3 +238,49 @@ def test_prefetcher_fetches_once_and_raises_an_error_once() -> None:
         next(ahead)
     ahead.fetch()
     assert list(ahead) == []
+
+
+PADDED = text_batches(2)
+END = torch.zeros(4, 1, dtype=torch.long)
+
+
+def _with(change: Callable[[Tensor, Tensor], Any]) -> list[Any]:
+    return [change(batch["input_ids"], batch["attention_mask"]) for batch in PADDED]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        _with(lambda ids, mask: {"input_ids": ids}),
+        _with(lambda ids, mask: {"input_ids": ids, "attention_masks": mask}),
+        _with(lambda ids, mask: {"input_ids": ids, "attention_mask": torch.ones_like(mask)}),
+        _with(lambda ids, mask: {"input_ids": ids.flip(1)}),
+        _with(lambda ids, mask: ids),
+        _with(lambda ids, mask: (ids, mask.sum(1))),
+    ],
+    ids=["no mask", "unknown name", "ones", "left", "tensor", "lengths"],
+)
+@pytest.mark.parametrize("name", ["pad_token_id", "eos_token_id"])
+def test_padding_that_counts_is_warned_of_once(texts: list[Any], name: str) -> None:
+    model = make_llama()
+    model.config.pad_token_id = model.config.eos_token_id = None
+    setattr(model.config, name, [5, 0] if name == "eos_token_id" else 0)
+    with pytest.warns(EvaWarning, match=rf"several tokens 0, the model's {name}") as caught:
+        run(model, texts, lora(target_modules=["q_proj"]))
+    assert len(caught) == 1
+
+
+def test_padding_that_a_mask_hides_is_not_warned_of() -> None:
+    model = make_llama()
+    unlabelled = _with(
+        lambda ids, mask: {"input_ids": ids, "labels": torch.where(mask > 0, ids, -100)}
+    )
+    ended = [{"input_ids": torch.cat([b["input_ids"][:, :8], END], 1)} for b in PADDED]
+    by_function = {"forward_fn": lambda model, batch: model(*batch)}
+    for texts, options in (
+        (PADDED, {}),
+        (unlabelled, {}),
+        (ended, {}),
+        (_with(lambda *parts: parts), by_function),
+    ):
+        run(model, texts, lora(target_modules=["q_proj"]), **options)
