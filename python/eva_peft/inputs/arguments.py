@@ -62,6 +62,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
 
     Raises:
         EvaTypeError: the parts are samples, of which all but the first would be dropped.
+        EvaValueError: a tokenizer's ``token_type_ids`` and ``attention_mask``, in its order.
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
@@ -80,11 +81,23 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     if targets and _are_samples(batch[0], targets, config):
         raise _samples_error()
     named = {p.name: part for p, part in pairs[:num_inputs]}
+    _raise_if_types_are_mask(named.get("attention_mask"), named.get("token_type_ids"))
     takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
     if targets and takes_labels and not targets[0].is_floating_point():
         named["labels"] = targets[0]
     selecting = {"attention_mask", "labels", *PADDING_MASKS}
     return named if named.keys() & selecting else tuple(batch[:num_inputs])
+
+
+def _raise_if_types_are_mask(mask: Any, types: Any) -> None:
+    """Refuse types that are a mask, and hence a mask of types: no padding has a type."""
+    if not isinstance(mask, Tensor) or not isinstance(types, Tensor) or not _may_be_mask(types):
+        return
+    if not mask.is_floating_point() and bool(((types != 0) & (mask == 0)).any()):
+        raise EvaValueError(
+            "a batch seems to be (input_ids, token_type_ids, attention_mask), as a tokenizer orders"
+            " them, but the model takes the mask first; let the loader yield a mapping"
+        )
 
 
 def _positional_pairs(
@@ -145,8 +158,8 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if part.shape != inputs.shape or part.is_floating_point():
         return True
-    if parameter.name == "position_ids" and bool((part.diff() > 1).any()):
-        return True  # ids, such as those of the next tokens: positions rise by one
+    if parameter.name == "position_ids" and (_may_be_mask(part) or bool((part.diff() > 1).any())):
+        return True  # a mask of the loss, or ids, as of the next tokens: positions rise by one
     num_types = getattr(config, "type_vocab_size", None)
     if (
         parameter.name == "token_type_ids"

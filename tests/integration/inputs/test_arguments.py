@@ -68,6 +68,7 @@ def keyword_only(**inputs: Tensor) -> None: ...
 # the number of first parts that stay positional, or that the batch is unchanged
 Case = tuple[Callable[..., None], tuple[Tensor, ...], Any]
 TEXT = ("input_ids", "attention_mask")
+TO_TYPES = (*TEXT, "token_type_ids"), 3
 CASES: dict[str, Case] = {
     "ids": (takes_text, (IDS,), 1),
     "ids and mask": (takes_text, (IDS, MASK), (TEXT, None)),
@@ -82,6 +83,7 @@ CASES: dict[str, Case] = {
         (IDS, MASK, TYPES, POSITIONS),
         ((*TEXT, "token_type_ids", "position_ids"), None),
     ),
+    "a mask of the loss": (takes_text, (IDS, MASK, 0 * TYPES, MASK - TYPES), TO_TYPES),
     "an additive mask": (takes_text, (IDS, ADDITIVE), (TEXT, None)),
     "other samples": (takes_text, (IDS, MASK, torch.arange(3)), "unchanged"),
     "labels and other samples": (takes_text, (IDS, MASK, LABELS, torch.arange(3)), "unchanged"),

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.inputs.arguments import raise_if_not_taken
-from integration.conftest import lora, make_llama, run, text_batches, vectors
+from integration.conftest import lora, make_bert, make_llama, run, text_batches, vectors
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
 MASK = torch.ones(2, 4, dtype=torch.long)
@@ -73,6 +73,17 @@ def test_nested_tensors_are_refused_with_the_remedy(layout: torch.layout) -> Non
 def test_unnamed_parts_that_cannot_be_token_ids_are_refused(batch: Any, shape: str) -> None:
     with pytest.raises(EvaValueError, match=rf"has input_ids of shape \({shape}\).*let the"):
         run(make_llama(), [batch], lora(target_modules=["q_proj"]))
+
+
+def test_token_types_in_the_place_of_the_mask_are_refused() -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    types = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
+    config = lora(target_modules=["query"])
+    for others in ((types, mask), (0 * types, mask), (types > 0, mask, MASK[:, 0])):
+        with pytest.raises(EvaValueError, match="the model takes the mask first; let the loader"):
+            run(make_bert(), [(IDS, *others)], config)
+    for others in ((mask, types), (mask, 0 * types), ((mask - 1) * 1e4, types)):
+        run(make_bert(), [(IDS, *others)] * 2, config)
 
 
 class AnyKeyword(LlamaForCausalLM):
