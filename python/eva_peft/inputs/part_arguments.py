@@ -137,7 +137,7 @@ def _may_be_token_mask(name: str, mask: Tensor) -> bool:
     if not _may_be_mask_name(name) or mask.shape[-1:] == (1,):
         return False
     if mask.dim() == 2:  # a square one may be pairwise: then each token sees itself
-        if name not in _GENERIC_MASKS or mask.is_floating_point():
+        if name not in _GENERIC_MASKS:
             return False
         return mask.shape[0] != mask.shape[1] or not mask.diagonal().all()
     return mask.dim() in (3, 4)
@@ -229,7 +229,8 @@ def _kept_tokens(
 ) -> Tensor | None:
     if name.endswith(_LENGTH_SUFFIXES):
         return mask_from_lengths(mask.cpu(), shape, sizes)
-    if mask.is_floating_point() and not _is_known_mask_name(name) and not (mask < -1).any():
+    unknown_pairs = mask.dim() > 2 and not _is_known_mask_name(name)
+    if unknown_pairs and mask.is_floating_point() and not (mask < -1).any():
         return None  # not additive, so its numbers may mean anything
     return (
         kept_by_padding(mask) if name.endswith(PADDING_MASK_SUFFIXES) else kept_by_attention(mask)

@@ -257,6 +257,21 @@ def test_mask_passed_to_an_inner_transformers_model_applies(mask_in_batch: bool)
     assert result.tokens == 4 * int(KEPT.sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float])
+def test_mask_of_any_type_applies_in_a_model_of_the_users(dtype: torch.dtype) -> None:
+    class Mean(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.lin = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            return (self.lin(self.words(ids)) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+    data = [{**b, "mask": KEPT.to(dtype)} for b in batches()]
+    result = run(Mean(), data, lora(tau=1.0, target_modules=["lin"]), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
 @pytest.mark.parametrize("steps", [3, 7])
 def test_encoder_mask_passed_to_a_decoder_masks_only_keys(steps: int) -> None:
     class EncoderDecoder(nn.Module):
