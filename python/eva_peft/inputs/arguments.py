@@ -289,7 +289,7 @@ def raise_if_misread(batch: Any, model: nn.Module) -> None:
 
     Raises:
         EvaValueError: samples of token ids that are batches of one each, or one number for each
-            sample in place of them, or a mask of what is hidden.
+            sample in place of them, or a mask that is true, or negative, at what it hides.
     """
     base = base_model_of(model)
     if not is_defined_in_transformers(base):
@@ -312,10 +312,14 @@ def raise_if_misread(batch: Any, model: nn.Module) -> None:
                 "as a tokenizer makes it with return_tensors; let the dataset yield its first row"
             )
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and hides_where_true(mask):
+    if not named or not isinstance(mask, Tensor):  # without names it may be something else
+        return
+    additive = mask.dim() == 2 and bool((mask < 0).any())
+    if additive or hides_where_true(mask):
         raise EvaValueError(
-            "the attention_mask of a batch is true where a token does not attend to another, but "
-            f"{type(base).__name__} reads it the other way round; let the loader invert it"
+            f"the attention_mask of a batch is {'negative' if additive else 'true'} where it hides "
+            f"a token, but {type(base).__name__} reads it the other way round; let the loader "
+            "yield mask == 0"
         )
 
 

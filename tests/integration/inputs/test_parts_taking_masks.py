@@ -381,8 +381,10 @@ def test_pairwise_mask_that_is_true_of_what_is_hidden(given: str) -> None:
         assert lost(result.components[name], x[rows]) < 1e-5
 
 
-def test_models_of_transformers_refuse_a_mask_that_is_true_of_what_is_hidden() -> None:
-    ids = batches()[0]["ids"]
-    batch = {"input_ids": ids, "attention_mask": hidden_pairs(ids, rows=False)}
-    with pytest.raises(EvaValueError, match="reads it the other way round; let the loader invert"):
-        run(make_llama(), [batch], lora(target_modules=["q_proj"]))
+def test_models_of_transformers_refuse_a_mask_that_they_would_read_the_other_way_round() -> None:
+    ids, config = batches()[0]["ids"], lora(target_modules=["q_proj"])
+    additive = torch.where(ids != 0, 0.0, -1e4)
+    for mask, how in ((hidden_pairs(ids, rows=False), "true"), (additive, "negative")):
+        message = rf"is {how} where it hides .* the other way round; let the loader yield mask == 0"
+        with pytest.raises(EvaValueError, match=message):
+            run(make_llama(), [{"input_ids": ids, "attention_mask": mask}], config)

@@ -82,7 +82,7 @@ def test_token_types_in_the_place_of_the_mask_are_refused() -> None:
     for others in ((types, mask), (0 * types, mask), (types > 0, mask, MASK[:, 0])):
         with pytest.raises(EvaValueError, match="the model takes the mask first; let the loader"):
             run(make_bert(), [(IDS, *others)], config)
-    for others in ((mask, types), (mask, 0 * types), ((mask - 1) * 1e4, types)):
+    for others in ((mask, types), (mask, 0 * types)):
         run(make_bert(), [(IDS, *others)] * 2, config)
 
 
