@@ -314,7 +314,7 @@ def raise_if_misread(batch: Any, model: nn.Module) -> None:
     mask = batch.get("attention_mask")
     if not named or not isinstance(mask, Tensor):  # without names it may be something else
         return
-    additive = mask.dim() == 2 and bool((mask < 0).any())
+    additive = mask.is_floating_point() and mask.dim() == 2 and bool((mask < 0).any())
     if additive or hides_where_true(mask):
         raise EvaValueError(
             f"the attention_mask of a batch is {'negative' if additive else 'true'} where it hides "
