@@ -117,9 +117,10 @@ class Preparer:
                 batch, self._device, self._architecture, self._split_by_length
             )
         masks = [self._mask_of(part) for part in parts]
-        # a model of the user's may hide padding itself; later, the host may wait for the device
-        known = by_default and self.masks_from_batches and self._is_of_transformers
-        if known and batch_number == 0:
+        # a model or a function of the user's may hide padding itself
+        own_rows = callable(self._options.prepare_layer_inputs_fn)
+        known = by_default and self.masks_from_batches and self._is_of_transformers and not own_rows
+        if known and batch_number == 0:  # later, the host may wait for the device
             for part, mask in zip(parts, masks, strict=True):
                 warn_of_counted_padding(part, mask, self._architecture.config, self._warned)
         self._draw(masks, batch_number)
