@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -108,7 +108,8 @@ class Preparer:
             arguments.raise_if_nested(batch, self._model)
             whole = batches.as_mapping(batch)
             if whole is batch or not arguments.takes_whole_mapping(whole, self._model):
-                arguments.raise_if_misread(whole, self._model)
+                if not isinstance(whole, Mapping):  # with names, an index looks like one sample
+                    arguments.raise_if_misread(whole, self._model)
                 batch = batches.as_tensors(arguments.positional_to_named(whole, self._model))
                 arguments.raise_if_misread(batch, self._model)
         parts = [batch]
