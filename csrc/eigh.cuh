@@ -175,23 +175,22 @@ __device__ __forceinline__ void fix_signs(const EighBlock& block) {
   for (int j = threadIdx.x / kLanes; j < block.width; j += blockDim.x / kLanes) {
     double* row = block.vectors + j * block.width;
     int peak = lane;
-    double largest = -1.0;
+    double value = 0.0;  // there: read again it would race with the lane that changes its sign
     for (int i = lane; i < block.width; i += kLanes) {
-      if (fabs(row[i]) > largest) {
+      if (fabs(row[i]) > fabs(value)) {
         peak = i;
-        largest = fabs(row[i]);
+        value = row[i];
       }
     }
     for (int offset = kLanes / 2; offset > 0; offset /= 2) {
-      const double other = __shfl_down_sync(0xffffffffu, largest, offset);
+      const double other = __shfl_down_sync(0xffffffffu, value, offset);
       const int other_peak = __shfl_down_sync(0xffffffffu, peak, offset);
-      if (other > largest || (other == largest && other_peak < peak)) {
+      if (fabs(other) > fabs(value) || (fabs(other) == fabs(value) && other_peak < peak)) {
         peak = other_peak;
-        largest = other;
+        value = other;
       }
     }
-    // Only lane 0 knows the peak.
-    const int negative = __shfl_sync(0xffffffffu, lane == 0 && row[peak] < 0.0, 0);
+    const int negative = __shfl_sync(0xffffffffu, value < 0.0, 0);
     if (!negative) continue;
     for (int i = lane; i < block.width; i += kLanes) row[i] = -row[i];
   }

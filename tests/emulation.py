@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
+
+import pytest
 
 PROGRAMS = Path(__file__).resolve().parent / "emulator"
 CSRC = PROGRAMS.parents[1] / "csrc"
 CXX = shutil.which("g++") or shutil.which("c++") or "c++"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+RACES = ["-g", "-O1", "-fsanitize=thread"]
 
 
 def compile_and_run(
@@ -21,7 +27,26 @@ def compile_and_run(
     command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(PROGRAMS / source), "-o", str(program)]
     subprocess.run(command, check=True)
     arguments = [str(program), *(["small"] if small else [])]
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@functools.cache
+def _can_find_races() -> bool:
+    """Tell whether the compiler has ThreadSanitizer, and the system lets its programs run."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = str(Path(folder) / "program")
+        commands = ([CXX, *RACES, "-x", "c++", "-", "-o", program], [program])
+        for command in commands:
+            if subprocess.run(command, input=b"int main() {}", capture_output=True).returncode:
+                return False
+    return True
+
+
+def skip_without_thread_sanitizer() -> None:
+    """Skip a test that looks for races where none can be found."""
+    if not _can_find_races():
+        pytest.skip("programs compiled with -fsanitize=thread do not run here")
 
 
 def with_bug(folder: Path, file: str, text: str, bug: str) -> Path:

@@ -4,8 +4,10 @@
 // other at barriers and warp shuffles; blocks run one after another, so `static` is memory shared
 // by a block. A seed shuffles the order of fibers and blocks, which exposes a missing barrier. A
 // round without progress of any fiber is reported as a deadlock, with what the fibers wait for.
+// Compiled with -fsanitize=thread, races between the threads of a block are reported (races.h): a
+// barrier orders what they do, a shuffle does not.
 //
-// Not modelled: races between two synchronisation points, memory ordering, speed.
+// Not modelled: races between blocks, memory ordering of atomics, speed.
 #pragma once
 
 #include <ucontext.h>
@@ -21,6 +23,8 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "races.h"
 
 #define __global__
 #define __device__
@@ -51,6 +55,7 @@ constexpr size_t kStackBytes = 256 << 10;  // enough for AddressSanitizer's red 
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  CheckedThread checked;
   bool done = false;
   const char* waits_for = "";
 };
@@ -75,6 +80,8 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<unsigned char> dynamic_shared;  // has the exact size, for AddressSanitizer
   ucontext_t scheduler;
+  CheckedThread checked_scheduler = CheckedThread::running();
+  char begun = 0, ended = 0;  // points for `publish` and `observe`
   uint64_t progress = 0;
   std::exception_ptr error;
   void (*body)(void*) = nullptr;
@@ -86,11 +93,14 @@ inline Block*& block() {
   return current;
 }
 
-inline void give_way(const char* waits_for) {
-  Block* b = block();
-  Fiber& fiber = b->fibers[b->thread];
-  fiber.waits_for = waits_for;
-  swapcontext(&fiber.context, &b->scheduler);
+EVA_NOT_INSTRUMENTED inline void give_way(Block& b, Fiber& fiber) {
+  b.checked_scheduler.enter();
+  swapcontext(&fiber.context, &b.scheduler);
+}
+
+EVA_NOT_INSTRUMENTED inline void resume(Block& b, Fiber& fiber) {
+  fiber.checked.enter();
+  swapcontext(&b.scheduler, &fiber.context);
 }
 
 inline void open(Meeting& meeting) {
@@ -101,29 +111,51 @@ inline void open(Meeting& meeting) {
 
 // Waits until all have arrived, and returns the completed round.
 inline unsigned meet(Meeting& meeting, int expected, const char* name) {
+  const Unchecked unchecked;
+  Block& b = *block();
+  Fiber& fiber = b.fibers[b.thread];
   const unsigned round = meeting.round;
-  ++block()->progress;
+  ++b.progress;
   if (++meeting.arrived == expected) {
     open(meeting);
   } else {
-    while (meeting.round == round) give_way(name);
+    fiber.waits_for = name;
+    while (meeting.round == round) give_way(b, fiber);
   }
   return round;
 }
 
+// A barrier of the block. Returns whether any thread came with a predicate that is not 0.
+inline bool meet_all(int predicate, const char* name) {
+  const Unchecked unchecked;
+  Meeting& barrier = block()->barrier;
+  bool* any = &barrier.any[barrier.round & 1];
+  *any |= predicate != 0;
+  publish(any);
+  meet(barrier, block()->alive, name);
+  observe(any);
+  return *any;
+}
+
 inline void fiber_main() {
-  Block* b = block();
+  Block& b = *block();
+  Fiber& fiber = b.fibers[b.thread];
+  observe(&b.begun);
   try {
-    b->body(b->arguments);
+    b.body(b.arguments);
   } catch (...) {
-    b->error = std::current_exception();
+    b.error = std::current_exception();
   }
-  b->fibers[b->thread].done = true;
-  ++b->progress;
-  --b->alive;
-  // Threads that have exited count as arrived, as they do on the device.
-  if (b->barrier.arrived > 0 && b->barrier.arrived == b->alive) open(b->barrier);
-  swapcontext(&b->fibers[b->thread].context, &b->scheduler);
+  publish(&b.ended);
+  {
+    const Unchecked unchecked;
+    fiber.done = true;
+    ++b.progress;
+    --b.alive;
+    // Threads that have exited count as arrived, as they do on the device.
+    if (b.barrier.arrived > 0 && b.barrier.arrived == b.alive) open(b.barrier);
+  }
+  give_way(b, fiber);
 }
 
 inline std::string deadlock(const Block& b) {
@@ -140,6 +172,7 @@ inline std::string deadlock(const Block& b) {
 
 inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
   const unsigned threads = b.fibers.size();
+  publish(&b.begun);
   b.alive = static_cast<int>(threads);
   b.barrier = Meeting{};
   b.warps.assign((threads + kWarp - 1) / kWarp, Meeting{});
@@ -160,17 +193,19 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
     for (const unsigned thread : order) {
       if (b.fibers[thread].done) continue;
       b.thread = thread;
-      swapcontext(&b.scheduler, &b.fibers[thread].context);
+      resume(b, b.fibers[thread]);
       if (b.error) std::rethrow_exception(b.error);
     }
     if (b.progress == before) throw std::runtime_error(deadlock(b));
   }
+  observe(&b.ended);
 }
 
 // Runs `kernel(argument)` on a grid. Seed 0 keeps the order of threads and blocks.
 template <class Argument>
 void launch(void (*kernel)(Argument), unsigned grid, unsigned threads, Argument argument,
             unsigned seed, size_t dynamic_shared_bytes = 0) {
+  const Unchecked unchecked;  // the calling thread only
   struct Call {
     void (*kernel)(Argument);
     Argument argument;
@@ -197,6 +232,7 @@ template <class T, int count>
 const WarpValues* exchange(unsigned mask, const T (&mine)[count], const char* name) {
   static_assert(sizeof(T) <= sizeof(uint64_t) && count <= kProductValues);
   if (mask != 0xffffffffu) throw std::runtime_error("only full warps are modelled");
+  const Unchecked unchecked;
   Block* b = block();
   Meeting& warp = b->warps[b->thread / kWarp];
   for (int i = 0; i < count; ++i) {
@@ -239,17 +275,11 @@ inline void add_product(const double (&left)[2], double right, double (&sum)[4])
 #define EVA_DYNAMIC_SHARED(type, name) \
   type* name = reinterpret_cast<type*>(emulator::block()->dynamic_shared.data())
 
-inline void __syncthreads() {
-  emulator::Block* b = emulator::block();
-  emulator::meet(b->barrier, b->alive, "__syncthreads");
+inline int __syncthreads_or(int predicate) {
+  return emulator::meet_all(predicate, "__syncthreads_or");
 }
 
-inline int __syncthreads_or(int predicate) {
-  emulator::Meeting& barrier = emulator::block()->barrier;
-  barrier.any[barrier.round & 1] |= predicate != 0;
-  const unsigned round = emulator::meet(barrier, emulator::block()->alive, "__syncthreads_or");
-  return barrier.any[round & 1];
-}
+inline void __syncthreads() { emulator::meet_all(0, "__syncthreads"); }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
@@ -265,6 +295,7 @@ T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
 
 template <class T>
 T atomicAdd(T* address, T value) {
+  const emulator::Unchecked unchecked;
   const T old = *address;
   *address = old + value;
   return old;

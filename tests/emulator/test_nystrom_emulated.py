@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from emulation import SANITIZERS, WARNINGS, compile_and_run, with_bug
+from emulation import (
+    RACES,
+    SANITIZERS,
+    WARNINGS,
+    compile_and_run,
+    skip_without_thread_sanitizer,
+    with_bug,
+)
 
 
 def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
@@ -14,6 +21,12 @@ def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
 
 def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
     done = compile_and_run("run_nystrom.cpp", tmp_path, *SANITIZERS, small=True)
+    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+
+
+def test_threads_do_not_race(tmp_path: Path) -> None:
+    skip_without_thread_sanitizer()
+    done = compile_and_run("run_nystrom.cpp", tmp_path, *RACES, small=True)
     assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
 
 
