@@ -4,6 +4,12 @@
 // Interface: sanitizer/tsan_interface.h of LLVM and GCC ("Fiber switching API").
 #pragma once
 
+#if defined(__has_feature)
+#if __has_feature(thread_sanitizer)  // of clang
+#define __SANITIZE_THREAD__
+#endif
+#endif
+
 #if defined(__SANITIZE_THREAD__)
 
 #include <sanitizer/tsan_interface.h>

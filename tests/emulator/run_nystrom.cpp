@@ -270,7 +270,7 @@ Doubles with_noise(int width) {
 }
 
 std::vector<Layer> layers_of(int width) {
-  const double steep = std::pow(1e-10, 1.0 / std::max(1, width - 1));
+  const double steep = std::pow(1e-11, 1.0 / std::max(1, width - 1));
   // Far from the basis, the loss of orthonormality grows with the square of the decay.
   const double mild = std::pow(1e-3, 1.0 / width);
   return {{"steady", decaying(width, 0.9), 1e-3},

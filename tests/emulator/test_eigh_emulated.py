@@ -80,11 +80,6 @@ MUTATIONS = {
     ),
     "upper triangle read": ("eigh.cuh", "if (column > row) continue;", ""),
     "row of the odd player not zeroed": ("eigh.cuh", "block.triangle[i] = 0.0;", ""),
-    "only the first warp's largest": (
-        "block.cuh",
-        "i < static_cast<int>(blockDim.x) / kLanes",
-        "i < 1",
-    ),
     "NaN goes on": ("eigh.cuh", "finite = !__syncthreads_or(bad)", "finite = true"),
     "equal values share a place": ("eigh.cuh", " && i < j", ""),
     "negative peak": ("eigh.cuh", "value < 0.0, 0)", "value > 0.0, 0)"),

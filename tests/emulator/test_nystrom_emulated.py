@@ -63,6 +63,7 @@ MUTATIONS = {
     "sum of a part": ("  sum = over_block(sum, Sum());\n  return sum", "  return sum"),
     "trace of another layer": ("args.trace[layer]", "args.trace[0]"),
     "noise stays": ("nystrom_noise(retry)", "nystrom_noise(0)"),
+    "more noise than needed": ("int retry = 0;; ++retry", "int retry = 1;; ++retry"),
     "a floor kept that does not help": ("retry == kNystromTries", "retry == kNystromTries - 1"),
     "root left out": ("block.vectors[i] / sqrt(block.at(row, row))", "block.vectors[i]"),
     "norm of a part": ("return over_block(squares, Sum());", "return squares;"),
