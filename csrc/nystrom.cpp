@@ -225,7 +225,7 @@ void solve(const NystromArgs& args, int64_t layer) {
     found = solution(core, metric, nystrom_noise(i));
   }
   if (!found) return finish(Matrix(width), 0, true);
-  const auto& [rows, pairs] = *found;
+  const Pairs& pairs = found->pairs;
   const int rank = rank_of(pairs.values, ceiling);
   const Matrix mixed_rows =
       product(matrix_of(width,
@@ -234,7 +234,7 @@ void solve(const NystromArgs& args, int64_t layer) {
                           const int from = width - 1 - i;
                           return pairs.vectors.at(from, j) / std::sqrt(pairs.values[from]);
                         }),
-              rows);
+              found->rows);
   for (int i = 0; i < rank; ++i) summary.squares[i] = pairs.values[width - 1 - i];
   double largest_deviation = 0.0;
   for (const double deviation : deviations(mixed_rows, metric, rank).entries) {

@@ -196,7 +196,7 @@ int main(int argc, char** argv) {
     check({2, 16, 52, 48}, 3);
     check({1, 36, 5, 16}, 12);
     check({2, 64, 70, 32, 1}, 2);
-    check({2, 70, 36, 16}, 1);
+    check({2, 70, 36, 32}, 1);
     check({2, 4, 64, 32}, 1);  // no column is left over
     if (!small) check({2, 128, 150, 64}, 2);
     if (!small) check({1, 100, 37, 48, 3}, 2);

@@ -168,3 +168,13 @@ def test_pins_and_build_requirements_leave_torch_alone() -> None:
     project = (ROOT / "pyproject.toml").read_text("utf-8")
     assert '\nrequires = ["setuptools>=77", "pybind11>=2.12"]\n' in project
     assert f'\nversion = "{eva_kernels.__version__}"\n' in project
+
+
+def test_native_code_is_plain_cxx17() -> None:
+    compiler = shutil.which("clang++")  # stricter than g++, which the build uses here
+    if compiler is None:
+        pytest.skip("there is no clang++")
+    flags = ["-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+    sources = [str(p) for p in (ROOT / "csrc").glob("*.cpp") if not p.name.startswith("bindings")]
+    done = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
