@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .._peft_compat import base_model_of
 from ..errors import EvaError, EvaTypeError, EvaValueError
@@ -66,6 +67,8 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
         return batch
+    if isinstance(batch, PackedSequence):  # a tuple, but one argument
+        return batch
     first = batch[0] if batch else None
     if isinstance(first, (list, tuple)) and first and isinstance(first[0], int):
         return batch  # each part holds the ids of a sample
@@ -78,7 +81,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     targets = batch[num_inputs:]
     if not num_inputs or not all(_is_target(part, batch[0]) for part in targets):
         return batch
-    if targets and _are_samples(batch[0], targets, config):
+    if targets and isinstance(batch[0], Tensor) and _are_samples(batch[0], targets, config):
         raise _samples_error()
     named = {p.name: part for p, part in pairs[:num_inputs]}
     _raise_if_types_are_mask(named.get("attention_mask"), named.get("token_type_ids"))
@@ -119,6 +122,8 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
 
 def _is_target(part: Any, inputs: Any) -> bool:
     """Tell whether a tensor is a target for the samples of another, and not another sample."""
+    if isinstance(inputs, PackedSequence):
+        return isinstance(part, Tensor) and len(part) == inputs.batch_sizes[0]
     both_tensors = isinstance(part, Tensor) and isinstance(inputs, Tensor)
     if not both_tensors or part.shape[:1] != inputs.shape[:1]:
         return False
@@ -187,7 +192,7 @@ def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
     """
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    if isinstance(batch, Tensor):
+    if isinstance(batch, (Tensor, PackedSequence)):
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         samples = [isinstance(part, Mapping) for part in batch]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import split_joint_mask
@@ -50,7 +51,14 @@ _TEXT_INPUTS = {"input_ids", "inputs_embeds"}
 
 
 def dense_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments without tensors that are nested, sparse or on the meta device."""
+    """Return arguments without tensors that are nested, sparse or on the meta device.
+
+    A packed sequence is returned as padded tokens, and their lengths.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, PackedSequence):
+            padded, lengths = pad_packed_sequence(value, batch_first=True)
+            arguments = {**arguments, name: padded, f"{name}_lengths": lengths}
     return {
         name: value
         for name, value in arguments.items()

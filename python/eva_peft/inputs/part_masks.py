@@ -8,6 +8,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .._peft_compat import base_model_of
 from ..model.architecture import forward_signature
@@ -57,6 +58,8 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
 
 def _first_mask_index(part: nn.Module) -> int | None:
     """Return the number of arguments before the first of interest; ``None`` if there is none."""
+    if isinstance(part, nn.RNNBase):
+        return 0  # a packed sequence has lengths
     signature, wrapped = forward_signature(part), _base_layer_of(part)
     names = {} if signature is None else signature.parameters
     first = next((i for i, name in enumerate(names) if is_relevant_name(name)), None)
@@ -104,8 +107,8 @@ class PartMaskHooks(CallHooks):
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        relevant = (isinstance(v, Tensor) and is_relevant_name(name) for name, v in kwargs.items())
-        if len(args) <= self._first_mask_index[module] and not any(relevant):
+        relevant = any(map(_is_relevant, kwargs.items()))
+        if len(args) <= self._first_mask_index[module] and not relevant:
             return  # early, since most parts are passed no mask
         arguments = dense_arguments(named_arguments(module, args, kwargs))
         if is_cross_attention(arguments):
@@ -219,6 +222,13 @@ class PartMaskHooks(CallHooks):
             mask = self._silent_mask({**inputs, **named_masks}, shape) if named_masks else None
             self._mask_cache[key] = [ref(source) for source in sources.values()], mask
         return mask
+
+
+def _is_relevant(argument: tuple[str, Any]) -> bool:
+    """Tell whether a named argument may be a mask or lengths, have them, or be attended tokens."""
+    name, value = argument
+    is_named = isinstance(value, Tensor) and is_relevant_name(name)
+    return is_named or isinstance(value, PackedSequence)
 
 
 def _with_inner_masks(outer: TokenMask, inner: TokenMask, skips_media_layers: bool) -> TokenMask:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
 from integration.inputs.padding_blocks import EXACT, KEPT, LENGTHS, batches
@@ -67,6 +67,32 @@ def test_lengths_mask_padding(how: str) -> None:
     for name, x in inputs.items():
         assert lost(result.components[name], x[rows]) < 1e-6, name
     assert result.tokens == 4 * int(KEPT.sum())
+
+
+@pytest.mark.parametrize("how", ["batch", "with target", "by name", "packed by the model"])
+def test_a_packed_sequence_masks_the_padding_that_a_model_gives_it(how: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.reads, self.behind = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 16)
+
+        def forward(self, x: Any) -> Tensor:
+            if not isinstance(x, PackedSequence):
+                x = pack(x)
+            return self.behind(pad_packed_sequence(self.reads(x)[0], batch_first=True)[0])
+
+    def pack(x: Tensor) -> PackedSequence:
+        return pack_padded_sequence(x, LENGTHS[[1, 0, 2]], batch_first=True, enforce_sorted=False)
+
+    generator = torch.Generator().manual_seed(0)
+    drawn, model = [torch.randn(3, 7, 16, generator=generator) for _ in range(4)], Model().eval()
+    data: list[Any] = drawn if how == "packed by the model" else [pack(x) for x in drawn]
+    x = layer_inputs(model, [{"x": packed} for packed in data], ["behind"], masked=False)["behind"]
+    data = [{"x": packed} for packed in data] if how == "by name" else data
+    data = [(packed, torch.zeros(3)) for packed in data] if how == "with target" else data
+    result = run(model, data, lora(tau=1.0, target_modules=["behind"]), **EXACT)
+    assert lost(result.components["behind"], x[KEPT[[1, 0, 2]].flatten().repeat(4)]) < 1e-6
 
 
 @pytest.mark.parametrize(
