@@ -247,7 +247,8 @@ def raise_if_not_taken(
 
     It may know none of the argument names: most accept any name, and only report that they got no
     input. So do they for a batch of which nothing is passed on, such as strings only. Or a part of
-    a tuple cannot be the value of its parameter, or the first is no tensor.
+    a tuple cannot be the value of its parameter, or the first is no tensor, or the mask does not
+    have the shape of the token ids.
 
     Raises:
         EvaTypeError: this is the case.
@@ -271,6 +272,18 @@ def raise_if_not_taken(
         raise _refusal_error(f"{name} of type {type(first).__name__}", base, why) from error
     if unknown or misplaced:
         raise _refusal_error(_contents(batch), base, why) from error
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if isinstance(ids, Tensor) and (misfit := _misfit_of(mask, ids)):
+        given = f"{misfit}, for input_ids of shape {tuple(ids.shape)}"
+        raise _refusal_error(f"an attention_mask of {given}", base, why) from error
+
+
+def _misfit_of(mask: Any, ids: Tensor) -> str:
+    """Return what an attention mask is, if it is none of tokens, nor of pairs or of each kind."""
+    if isinstance(mask, (list, tuple)):
+        return f"type {type(mask).__name__}"
+    is_other = isinstance(mask, Tensor) and mask.dim() < 4 and mask.shape != ids.shape
+    return f"shape {tuple(mask.shape)}" if is_other else ""
 
 
 def raise_if_nested(batch: Any, model: nn.Module) -> None:

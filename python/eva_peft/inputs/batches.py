@@ -296,9 +296,11 @@ def without_padding(
     padding_matters = architecture.tokens_depend_on_padding or architecture.has_own_layers
     if padding_matters or not isinstance(batch, Mapping) or _is_tensor_dict(batch):
         return [batch]
-    mask = batch.get("attention_mask")
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return [batch]
+    if isinstance(ids, Tensor) and ids.shape != mask.shape:
+        return [batch]  # cut, the mask might become one of ones, which a model ignores
     samples, columns = mask.shape
     splits = split_by_length
     for key, value in batch.items():

@@ -51,6 +51,19 @@ def test_errors_are_explained_where_a_part_cannot_be_its_argument() -> None:
     raise_if_not_taken(texts, {}, make_llama(), raised)  # they can be: it has another cause
 
 
+@pytest.mark.filterwarnings("ignore:an attention_mask of shape:eva_kernels.EvaWarning")
+def test_errors_are_explained_where_the_mask_does_not_fit_the_token_ids() -> None:
+    padded: Any = (MASK.cumsum(1) < 4).long()
+    for mask, what in (
+        (padded[:, None], r"shape \(2, 1, 4\)"),
+        (padded[:, 1:], r"shape \(2, 3\)"),
+        (padded.tolist(), "type list"),
+    ):
+        message = rf"an attention_mask of {what}, for input_ids of shape \(2, 4\) .*it failed with"
+        with pytest.raises(EvaTypeError, match=message):
+            run(make_llama(), [{"input_ids": IDS, "attention_mask": mask}], lora())
+
+
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 def test_nested_tensors_are_refused_with_the_remedy(layout: torch.layout) -> None:
