@@ -16,7 +16,14 @@ from ..model.architecture import Architecture
 from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
 from .batches import as_mapping
 from .mask_contents import hides_where_true
-from .media_masks import audio_mask_of, has_audio, has_images, pixel_masks_of, tile_mask_of
+from .media_masks import (
+    audio_mask_of,
+    has_audio,
+    has_images,
+    pixel_masks_of,
+    silent_frames,
+    tile_mask_of,
+)
 from .token_mask import TokenMask
 
 __all__ = ["mask_of_batch", "split_joint_mask", "token_mask", "warn_of_counted_padding"]
@@ -105,9 +112,19 @@ def warn_of_counted_padding(
         model_config: names the token that pads, or the one that ends a text and often pads, too.
         warned: warnings already given; updated.
     """
+    if "counted padding" in warned:
+        return
+    silent = silent_frames(batch) if isinstance(batch, Mapping) else None
+    if silent is not None and _num_at_ends(silent) > _FEW * silent.numel():
+        warned.add("counted padding")
+        warn(
+            "many sounds begin or end in silence, which counts, since no attention_mask hides it. "
+            "If it is padding, let the loader yield an attention_mask that is 0 there, as feature "
+            "extractors do with return_attention_mask=True"
+        )
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else first
-    if "counted padding" in warned or not isinstance(ids, Tensor) or ids.dim() != 2:
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
         return
     ids = ids.cpu()
     kept = torch.ones_like(ids) > 0 if mask.main is None else mask.main

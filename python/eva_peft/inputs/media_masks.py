@@ -22,6 +22,7 @@ __all__ = [
     "is_image_key",
     "patch_mask_for",
     "pixel_masks_of",
+    "silent_frames",
     "tile_mask_for",
     "tile_mask_of",
 ]
@@ -52,6 +53,23 @@ def audio_mask_of(batch: Mapping[str, Any]) -> Tensor | None:
 def has_audio(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch holds sound."""
     return any(_is_float_tensor(batch.get(key)) for key in _AUDIO_INPUTS)
+
+
+def silent_frames(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return which frames of a batch's sound are silent, (samples, F), ``None`` if it has a mask.
+
+    Samples that equal the first or last one are, as padding need not be zero once normalised, and
+    frames whose features are all zero.
+    """
+    given = (batch[key] for key in _AUDIO_INPUTS if _is_float_tensor(batch.get(key)))
+    sound = next((value.cpu() for value in given), None)
+    masked = isinstance(batch.get("attention_mask"), Tensor) or audio_mask_of(batch) is not None
+    if masked or sound is None or sound.dim() not in (2, 3):
+        return None
+    if sound.dim() == 2:
+        return (sound == sound[:, :1]) | (sound == sound[:, -1:])
+    by_frame, by_band = (sound == 0).all(2), (sound == 0).all(1)  # features come last, or first
+    return by_frame if by_frame.any() else by_band
 
 
 def has_images(batch: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from transformers import (
 
 from bench.families.others import SPEECH
 from eva_kernels import EvaWarning
-from eva_peft.inputs.batch_mask import mask_of_batch
+from eva_peft.inputs.batch_mask import mask_of_batch, warn_of_counted_padding
 from eva_peft.inputs.media_masks import frame_mask_for
 from eva_peft.inputs.token_mask import TokenMask
 from eva_peft.model.architecture import Architecture, architecture_of
@@ -100,6 +100,23 @@ def test_mask_of_samples_becomes_a_mask_of_frames(make: Any, layers: dict[str, b
             rows += [part[:n] for part, n in zip(frames, lengths.tolist(), strict=True)]
         assert len(torch.cat(rows)) < len(data) * 3 * frames.shape[1]
         assert lost(result.components[name], torch.cat(rows)) < 1e-6, name
+
+
+@pytest.mark.parametrize("axis", [None, 2, 1], ids=["samples", "frames", "bands first"])
+def test_sound_that_ends_in_silence_and_has_no_mask_is_warned_of(axis: int | None) -> None:
+    (batch,) = audio_batches(1, "input_values")
+    sound, mask = batch["input_values"], batch["attention_mask"]
+    if axis is None:  # normalised with its padding, as a feature extractor does without a mask
+        key, padded = "input_values", torch.where(mask > 0, sound, 0.1)
+    else:
+        key, padded = "input_features", (sound * mask).unsqueeze(axis).repeat_interleave(3, axis)
+    quiet = {key: padded, "attention_mask": mask}, {key: padded, "sound_mask": mask}
+    warned: set[str] = set()
+    for given in (*quiet, {key: torch.randn(padded.shape)}):
+        warn_of_counted_padding(given, TokenMask(None), None, warned)
+    with pytest.warns(EvaWarning, match="sounds begin or end in silence.*attention_mask"):
+        warn_of_counted_padding({key: padded}, TokenMask(None), None, warned)
+    warn_of_counted_padding({key: padded}, TokenMask(None), None, warned)  # only once
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
