@@ -118,9 +118,12 @@ def _are_patch_positions(key: Any, values: Any) -> bool:
 
 def tile_mask_of(batch: Mapping[str, Any]) -> Tensor | None:
     """Return which tiles of images a batch keeps, bool (samples, images, tiles), or ``None``."""
-    mask = batch.get("aspect_ratio_mask")
+    mask, ratios = batch.get("aspect_ratio_mask"), batch.get("aspect_ratio_ids")
     if isinstance(mask, Tensor) and mask.dim() == 3:
-        return mask.bool().cpu()
+        kept = mask.bool().cpu()
+        if isinstance(ratios, Tensor) and ratios.shape == mask.shape[:2]:
+            kept = kept & (ratios.cpu()[..., None] > 0)  # one tile is kept of an absent image
+        return kept
     images = _image_mask(batch)
     return None if images is None else images[..., None].bool().cpu()
 

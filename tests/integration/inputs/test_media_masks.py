@@ -150,6 +150,18 @@ def test_padding_tiles_of_images_are_masked() -> None:
     assert tile_mask_of({"aspect_ratio_mask": tiles[:, 0]}) is None
 
 
+def test_an_image_that_a_sample_lacks_has_no_tile() -> None:
+    """Mllama's processor keeps one tile of it, and says 0 for its aspect ratio."""
+    tiles = torch.tensor([[[1, 1, 0], [1, 0, 0]], [[1, 0, 0], [1, 0, 0]]])
+    batch = {"aspect_ratio_mask": tiles, "aspect_ratio_ids": torch.tensor([[2, 1], [1, 0]])}
+    kept = tile_mask_of(batch)
+    assert kept is not None
+    assert kept.tolist() == [
+        [[True, True, False], [True, False, False]],
+        [[True, False, False], [False] * 3],
+    ]
+
+
 def test_incomplete_patches_at_the_edges_are_dropped() -> None:
     """A patch embedding ignores pixels that do not fill a patch."""
     for size in range(15, 90):
