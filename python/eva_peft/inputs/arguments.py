@@ -62,7 +62,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     the value of its parameter.
 
     Raises:
-        EvaTypeError: the parts are samples, of which all but the first would be dropped.
+        EvaTypeError: the parts are samples or images, of which all but the first would be dropped.
         EvaValueError: a tokenizer's ``token_type_ids`` and ``attention_mask``, in its order.
     """
     if not isinstance(batch, (tuple, list)) or any(isinstance(v, Mapping) for v in batch):
@@ -83,6 +83,12 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
         return batch
     if targets and isinstance(batch[0], Tensor) and _are_samples(batch[0], targets, config):
         raise _samples_error()
+    if targets and _is_single_image(batch[0], base):
+        raise EvaTypeError(
+            "a batch is a list of images of different sizes, of which the model would take the "
+            "first; let the loader bring them to one size and stack them, or pass forward_fn to "
+            "run the model on each"
+        )
     named = {p.name: part for p, part in pairs[:num_inputs]}
     _raise_if_types_are_mask(named.get("attention_mask"), named.get("token_type_ids"))
     takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
@@ -143,6 +149,14 @@ def _are_samples(inputs: Any, targets: Sequence[Any], config: Any) -> bool:
     decoder = getattr(config, "is_encoder_decoder", None) is False
     unequal = any(part.shape != inputs.shape for part in targets)
     return len(targets) > 1 or (decoder and unequal)
+
+
+def _is_single_image(inputs: Any, base: nn.Module) -> bool:
+    """Tell whether the input of a convolutional network is an image, (C, H, W), not several."""
+    if not isinstance(inputs, Tensor) or inputs.dim() != 3 or len(inputs) == 1:
+        return False
+    first = next((module for module in base.modules() if isinstance(module, nn.Conv2d)), None)
+    return first is not None and first.in_channels == len(inputs)
 
 
 def _samples_error() -> EvaTypeError:

@@ -88,6 +88,14 @@ def test_unnamed_parts_that_cannot_be_token_ids_are_refused(batch: Any, shape: s
         run(make_llama(), [batch], lora(target_modules=["q_proj"]))
 
 
+def test_images_of_different_sizes_are_refused() -> None:
+    images = [torch.randn(3, 8, width) for width in (8, 9, 12)]
+    model, config = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), lora(target_modules=["0"])
+    with pytest.raises(EvaTypeError, match=r"images of different sizes.*forward_fn"):
+        run(model, [images], config)
+    run(model, [(torch.stack(images[:1] * 3), torch.zeros(3, 2, 5))] * 2, config)  # and boxes
+
+
 def test_token_types_in_the_place_of_the_mask_are_refused() -> None:
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
     types = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
