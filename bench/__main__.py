@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import RESULTS
+from .common import RESULTS, default_device
 from .processes import exit_on_signal
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -190,12 +190,10 @@ def tables(write: bool = False) -> None:
 @app.command()
 def kernels(seconds: float = 300.0, out: Path | None = None) -> None:
     """Time every kernel against its PyTorch twin and PEFT's step, after checking its result."""
-    import torch
-
     from .kernels._timing import Ceilings, measure_ceilings
     from .kernels.run import run
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     small = device.type == "cpu"
     measured = measure_ceilings(device, small)
     ceilings = Ceilings(measured["bytes_per_second"], measured["flops_per_second"])
@@ -209,11 +207,9 @@ def tune(seconds: float = 200.0, out: Path | None = None) -> None:
 
     A rehearsal without a GPU needs TRITON_INTERPRET=1 in the environment.
     """
-    import torch
-
     from .kernels import tune
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     rows = tune.run(device, small=device.type == "cpu", seconds=seconds, save=_make_saver(out))
     print(tune.table(rows))
 
@@ -274,12 +270,10 @@ def end_to_end(
     ] = None,
 ) -> None:
     """Time plain forward passes, this package and PEFT's EVA on the shape of a model."""
-    import torch
-
     from . import end_to_end as benchmark
 
     _check_names([config], benchmark.SETTINGS)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     result = benchmark.run(config, device, seconds=seconds, save=_make_saver(out), trace=trace)
     _output(result, out)
 

@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: description of the machine, spreads of timings, result files."""
+"""Shared by all benchmarks: the device, the machine, spreads of timings, result files."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ import torch
 from .files import commit, cpu_name, write_json
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def default_device() -> torch.device:
+    """Return the GPU, or the CPU if torch sees none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def machine() -> dict[str, Any]:

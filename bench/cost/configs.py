@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
+from ..common import default_device
 from ..end_to_end import load_ids
 from ..methods import Batch, Job
 from ..models import MODELS, TARGETS
@@ -56,11 +57,10 @@ class Config:
         Raises:
             RuntimeError: it needs a GPU, and torch finds none.
         """
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        if self.gpu:
+        device = default_device()
+        if self.gpu and device.type == "cpu":
             raise RuntimeError("this configuration needs a GPU, and torch sees none")
-        return torch.device("cpu")
+        return device
 
     def make_model(self, use_hub_weights: bool) -> nn.Module:
         """Return the model, with the same weights at every call, in eval mode.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..files import read_json, write_json
 from .record import FILE
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["Context", "StageFailed", "StageSkipped", "result_path"]
 
@@ -49,6 +52,19 @@ class Context:
     def remaining(self) -> float:
         """Seconds left, minus what an orderly shutdown takes."""
         return self.seconds - (time.monotonic() - self.begin) - 2.0
+
+    def device(self) -> torch.device:
+        """Return the GPU, or the CPU in a rehearsal without one.
+
+        Raises:
+            StageFailed: torch sees no GPU.
+        """
+        from ..common import default_device  # imports torch
+
+        device = default_device()
+        if device.type == "cpu" and not self.dry_run:
+            raise StageFailed("torch sees no CUDA device")
+        return device
 
     def save(self, results: dict[str, Any], status: str = "running", reason: str = "") -> None:
         """Write the results so far."""

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from bench.common import default_device
 from bench.kernels._case import Case, check
 from bench.kernels._timing import rates_and_share, time_together, timer_for
 from bench.kernels.run import all_cases
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 CASES = all_cases(small=DEVICE.type == "cpu")
 
 

@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from eva_peft.assets import load_tiny_llama
 
+from ..common import default_device
 from ..methods import Batch
 from .descent import DivergedError, descend
 from .domain import Domain, Recipe, linear_layers
@@ -83,7 +84,7 @@ SCALES = {
 
 def build(data: str = "embedded", seed: int = 0) -> Domain:
     """Build the domain, which takes minutes, on a GPU if there is one; ``data`` is ignored."""
-    return build_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"), seed)
+    return build_on(default_device(), seed)
 
 
 def build_on(device: torch.device, seed: int = 0) -> Domain:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..common import RESULTS
+from ..common import RESULTS, default_device
 from ..kernels._timing import measure_ceilings, time_together, timer_for
 from ..rows import Rows
 from .measure import measure
@@ -90,7 +90,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
             one.
         quiet: show no progress bar.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     presets = CUDA_PRESETS if device.type == "cuda" else PRESETS
     if preset not in presets:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {', '.join(presets)}")

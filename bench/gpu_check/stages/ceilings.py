@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from ..context import Context, StageFailed
+from ..context import Context
 
 
 def run(context: Context) -> None:
     """Measure both."""
-    import torch
-
     from bench.kernels._timing import measure_ceilings
 
-    cuda = torch.cuda.is_available()
-    if not (cuda or context.dry_run):
-        raise StageFailed("torch sees no CUDA device")
-    context.save(measure_ceilings(torch.device("cuda" if cuda else "cpu"), small=context.dry_run))
+    context.save(measure_ceilings(context.device(), small=context.dry_run))

@@ -15,12 +15,9 @@ REPEATS = 1  # on a GPU 12 seconds with one layer, 22 with two, and as much for 
 
 def run(context: Context) -> None:
     """Measure at two depths, saving each at once, and extrapolate linearly."""
-    import torch
-
     from bench.cost import depth
 
-    if not (torch.cuda.is_available() or context.dry_run):
-        raise StageFailed("torch sees no CUDA device")
+    context.device()  # raises without a GPU
     package = missing_package()
     if package:
         raise StageSkipped(f"PEFT's CorDA needs the package {package}, which is not installed")

@@ -15,16 +15,11 @@ CONFIGS = {
 
 def run(context: Context) -> None:
     """Measure all methods; each must have run, and ours must be bitwise reproducible."""
-    import torch
-
     from bench import end_to_end
 
-    cuda = torch.cuda.is_available()
-    if not (cuda or context.dry_run):
-        raise StageFailed("torch sees no CUDA device")
     results = end_to_end.run(
         "tiny" if context.dry_run else CONFIGS[context.stage],
-        torch.device("cuda" if cuda else "cpu"),
+        context.device(),
         seconds=context.remaining,
         save=context.save,
     )

@@ -9,18 +9,13 @@ from ..context import Context, StageFailed
 
 def run(context: Context) -> None:
     """Measure cases while time is left; the stage fails unless all were timed."""
-    import torch
-
     from bench.kernels._timing import Ceilings
     from bench.kernels.run import run as measure
 
-    cuda = torch.cuda.is_available()
-    if not (cuda or context.dry_run):
-        raise StageFailed("torch sees no CUDA device")
     ceilings = context.results_of("ceilings")
     names = ("bytes_per_second", "flops_per_second")
     rows = measure(
-        torch.device("cuda" if cuda else "cpu"),
+        context.device(),
         small=context.dry_run,
         ceilings=Ceilings(*(ceilings[name] for name in names)) if ceilings else None,
         seconds=context.remaining,

@@ -13,12 +13,9 @@ METHODS = ("lora", "eva", "lora-ga")
 
 def run(context: Context) -> None:
     """Train, save every row in ``quality.json`` of the folder, and save the methods' results."""
-    import torch
-
     from bench.quality.run import run
 
-    if not (torch.cuda.is_available() or context.dry_run):
-        raise StageFailed("torch sees no CUDA device")
+    context.device()  # raises without a GPU
     run("quick", context.folder, [DOMAIN], METHODS[:2] if context.dry_run else METHODS, quiet=True)
     results = summary(read_json(context.folder / "quality.json"))
     context.save(results)
