@@ -1,10 +1,11 @@
-"""Shared by all benchmarks: the device, the machine, spreads of timings, result files."""
+"""Shared by all benchmarks: the device and its clock, the machine, spreads, result files."""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import time
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,13 @@ RESULTS = Path(__file__).parent / "results"
 def default_device() -> torch.device:
     """Return the GPU, or the CPU if torch sees none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronized_now(device: torch.device) -> float:
+    """Wait until a device is idle, and return the time of the host's clock in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def machine() -> dict[str, Any]:

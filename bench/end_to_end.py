@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Pretr
 import eva_kernels
 from eva_peft.assets import source_texts, token_stream
 
-from .common import spread
+from .common import spread, synchronized_now
 from .kernels._timing import count_device_calls
 from .models import MODELS, TARGETS
 
@@ -153,11 +153,6 @@ class Bench:
         self.batches = make_batches(setting, size)
         self.config = lora_config(setting)
 
-    def synchronized_now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
     def peak_bytes_above(self, run: Callable[[], Any]) -> int | None:
         """Run, and return the peak of allocated bytes above what was there before."""
         if self.device.type != "cuda":
@@ -178,7 +173,6 @@ class Bench:
 
     def calibrate(self, steps: int, stamps: list[float] | None = None) -> eva_kernels.EvaResult:
         """Run our pass; the clock is read after every step."""
-        on_step = None if stamps is None else lambda numbers: stamps.append(self.synchronized_now())
         return eva_kernels.calibrate(
             self.model,
             self.batches[:steps],
@@ -186,7 +180,9 @@ class Bench:
             max_steps=steps,
             on_not_converged="ignore",
             progress=False,
-            callback=on_step,
+            callback=None
+            if stamps is None
+            else lambda numbers: stamps.append(synchronized_now(self.device)),
         )
 
 
@@ -194,10 +190,10 @@ def measure_plain(bench: Bench) -> dict[str, Any]:
     """Forward passes with the head and without a cache."""
 
     def run() -> list[float]:
-        stamps = [bench.synchronized_now()]
+        stamps = [synchronized_now(bench.device)]
         for batch in bench.batches:
             bench.forward(batch)
-            stamps.append(bench.synchronized_now())
+            stamps.append(synchronized_now(bench.device))
         return _differences(stamps)
 
     bench.forward(bench.batches[0])
@@ -214,7 +210,7 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
     first_step_seconds, results = [], []
     bench.calibrate(2)  # kernels are compiled
     for _ in range(2):
-        stamps = [bench.synchronized_now()]
+        stamps = [synchronized_now(bench.device)]
         results.append(bench.calibrate(steps, stamps))
         first_step_seconds.append(stamps[1] - stamps[0])
         seconds += _differences(stamps[1:])
@@ -246,10 +242,10 @@ def measure_peft(bench: Bench) -> dict[str, Any]:
     ends: list[float] = []
 
     def forward(module: nn.Module, batch: Batch) -> None:  # PEFT has moved it to the device
-        begins.append(bench.synchronized_now())
+        begins.append(synchronized_now(bench.device))
         with torch.no_grad():
             module(**batch, use_cache=False)
-        ends.append(bench.synchronized_now())
+        ends.append(synchronized_now(bench.device))
         if len(ends) > steps:
             hooks = (h for layer in module.modules() for h in layer._forward_hooks.values())
             for hook in hooks:
@@ -363,7 +359,7 @@ def write_trace(bench: Bench, path: Path, steps: int = 3) -> None:
     bench.calibrate(steps)
     with torch.profiler.profile() as profile:
         bench.calibrate(steps)
-        bench.synchronized_now()
+        synchronized_now(bench.device)
     profile.export_chrome_trace(str(path))
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .common import synchronized_now
+
 
 def resident_bytes(field: str = "VmRSS") -> int:
     """Return the resident set of this process, or with ``"VmHWM"`` its high-water mark."""
@@ -71,9 +73,7 @@ class Meter:
         return max(self.peaks.values(), default=0)
 
     def _record_phase(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        now = synchronized_now(self.device)
         if self._running:
             name = self._running[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._phase_begin

@@ -16,6 +16,7 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..common import synchronized_now
 from ..meter import Meter
 from ..methods import METHODS, Batch, Method, after_step, lora_layers, rank_of
 from .configs import CONFIGS, Config, causal_loss, warm_up_model
@@ -113,9 +114,7 @@ def _train(model: PeftModel, batches: list[Batch], meter: Meter) -> float:
             causal_loss(model, batch).backward()
             optimizer.step()
             after_step(model, step)
-            if meter.device.type == "cuda":
-                torch.cuda.synchronize(meter.device)
-            seconds.append(time.perf_counter() - begin)
+            seconds.append(synchronized_now(meter.device) - begin)
     return sorted(seconds[1:])[len(seconds[1:]) // 2] if seconds[1:] else seconds[0]
 
 

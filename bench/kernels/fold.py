@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 
 from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
 
-from ..common import spread
+from ..common import spread, synchronized_now
 from ._timing import count_device_calls
 
 COMPONENTS, WIDTH, TAU = 32, 64, 0.99
@@ -85,10 +84,6 @@ class _Step:
         folded = fold_streams(self.streams)
         compare_streams(folded, self.ranks, tau=TAU)
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def _close_and_refill(step: _Step) -> Callable[[], None]:
     def run() -> None:
@@ -102,11 +97,9 @@ def _time_steps(step: _Step, repetitions: int) -> dict[str, float]:
     milliseconds = []
     for _ in range(repetitions):
         step.accumulate()
-        step.wait()
-        begin = time.perf_counter()
+        begin = synchronized_now(step.device)
         step.close()
-        step.wait()
-        milliseconds.append(1e3 * (time.perf_counter() - begin))
+        milliseconds.append(1e3 * (synchronized_now(step.device) - begin))
     return {**spread(milliseconds), "fastest": min(milliseconds)}
 
 

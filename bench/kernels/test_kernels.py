@@ -10,20 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from bench.common import default_device
+from bench.common import default_device, synchronized_now
 from bench.kernels._case import Case, check
 from bench.kernels._timing import rates_and_share, time_together, timer_for
 from bench.kernels.run import all_cases
 
 DEVICE = default_device()
 CASES = all_cases(small=DEVICE.type == "cpu")
-
-
-def wait() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
@@ -42,6 +36,6 @@ def test_fast_path(case: Case, benchmark: Any) -> None:
 
     def once() -> None:
         prepared.competitors[fast]()
-        wait()
+        synchronized_now(DEVICE)
 
     benchmark.pedantic(once, rounds=3 if DEVICE.type == "cpu" else 20, warmup_rounds=1)

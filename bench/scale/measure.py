@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from eva_kernels.streaming import InputStream, Options, compare_streams, fold_streams
 
-from ..common import spread
+from ..common import spread, synchronized_now
 from ..kernels._timing import repetitions, timer_for
 from .data import Tokens, make_tokens
 from .work import OUTPUTS, Ceilings, Point, floors, forward_flops, gram_flops
@@ -22,13 +22,6 @@ TAU = 0.99
 CHECK_STEPS = 3
 LIMITS = {"sketch": 0.02, "gram": 1e-4, "peft": 0.02}
 Phases = dict[str, float]
-
-
-def _synchronized_time(device: torch.device) -> float:
-    """Wait until the device is idle, and return the time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Ours:
@@ -49,20 +42,20 @@ class Ours:
         On a GPU two steps are taken: the synchronisation between phases keeps the host from running
         ahead of the device, as it would in real use, so the whole is timed without it.
         """
-        phases = self._timed_step(lambda: _synchronized_time(self.device))
+        phases = self._timed_step(lambda: synchronized_now(self.device))
         if self.device.type == "cuda":
             phases["step"] = self._timed_step(time.perf_counter)["step"]
         return phases
 
     def _timed_step(self, clock: Callable[[], float]) -> Phases:
-        marks = [_synchronized_time(self.device)]
+        marks = [synchronized_now(self.device)]
         for stream, tokens in zip(self.streams, self.data, strict=True):
             stream.add(tokens.x)
         marks.append(clock())
         folded = fold_streams(self.streams)
         marks.append(clock())
         compare_streams(folded, self.ranks, tau=TAU)
-        marks.append(_synchronized_time(self.device))
+        marks.append(synchronized_now(self.device))
         if len(folded) != len(self.streams):
             raise ArithmeticError(
                 f"only {len(folded)} of {len(self.streams)} layer inputs were folded"
@@ -94,13 +87,13 @@ class Peft:
 
     def step(self) -> Phases:
         """Take one step; return its duration in seconds."""
-        begin = _synchronized_time(self.device)
+        begin = synchronized_now(self.device)
         for pca, tokens in zip(self.pcas, self.data, strict=True):
             before = getattr(pca, "components_", None)
             pca.partial_fit(tokens.x.to(torch.float32))
             if before is not None:
                 torch.nn.functional.cosine_similarity(pca.components_, before)
-        return {"step": _synchronized_time(self.device) - begin}
+        return {"step": synchronized_now(self.device) - begin}
 
     def max_lost_variance(self) -> float:
         """Return the largest lost variance over the layer inputs."""
