@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import transformers
 from peft import EvaConfig, LoraConfig, get_eva_state_dict
-from peft.tuners.lora.eva import SVDHook
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig
 
@@ -31,6 +30,7 @@ from eva_peft.assets import source_texts, token_stream
 from .common import spread, synchronized_now
 from .kernels._timing import count_device_calls
 from .models import MODELS, TARGETS
+from .peft_eva import end_pass
 
 Batch = dict[str, torch.Tensor]
 Save = Callable[[dict[str, Any]], None]
@@ -231,11 +231,7 @@ def measure_ours(bench: Bench) -> dict[str, Any]:
 
 
 def measure_peft(bench: Bench) -> dict[str, Any]:
-    """PEFT's EVA: a hash pass over a short batch, then steps over the real ones.
-
-    PEFT has no limit of its own, so after the last step its hooks are told that they have
-    converged.
-    """
+    """PEFT's EVA: a hash pass over a short batch, then steps over the real ones."""
     steps, model = bench.setting.peft_steps, bench.model
     loader = _HashBatchThenBatches(bench)
     begins: list[float] = []
@@ -247,10 +243,7 @@ def measure_peft(bench: Bench) -> dict[str, Any]:
             module(**batch, use_cache=False)
         ends.append(synchronized_now(bench.device))
         if len(ends) > steps:
-            hooks = (h for layer in module.modules() for h in layer._forward_hooks.values())
-            for hook in hooks:
-                if isinstance(hook, SVDHook):
-                    hook.converged = torch.ones_like(hook.converged)
+            end_pass(module)
 
     def run() -> None:
         with warnings.catch_warnings():

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora.eva import SVDHook
 from torch import nn
 
 import eva_kernels
 
 from . import minilm
 from .common import RESULTS, save, spread
+from .peft_eva import end_pass
 
 FORWARDS, BATCH = 12, 8
 
@@ -42,11 +42,7 @@ def pass_ours(model: PeftModel, batches: list[dict[str, Any]]) -> None:
 
 
 def pass_peft(model: PeftModel, batches: list[dict[str, Any]]) -> None:
-    """Run PEFT's initialisation.
-
-    PEFT has no limit of its own, so after the last forward pass its hooks are told that they
-    have converged. The first of the passes is the one that it spends on hashing.
-    """
+    """Run PEFT's initialisation; the first of its passes is the one that it spends on hashing."""
     num_forwards = 0
 
     def forward(module: nn.Module, inputs: dict[str, Any]) -> None:
@@ -54,10 +50,7 @@ def pass_peft(model: PeftModel, batches: list[dict[str, Any]]) -> None:
         module(**inputs)
         num_forwards += 1
         if num_forwards >= len(batches):
-            for layer in module.modules():
-                for hook in layer._forward_hooks.values():
-                    if isinstance(hook, SVDHook):
-                        hook.converged = torch.ones_like(hook.converged)
+            end_pass(module)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

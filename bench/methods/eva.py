@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import torch
 from peft import EvaConfig, PeftModel, get_eva_state_dict, initialize_lora_eva_weights
 from peft.tuners.lora import eva
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 import eva_kernels
 
 from ..meter import Meter
-from ._job import Batch, Job, Method, forward, wrap_seeded
+from ..peft_eva import end_pass
+from ._job import Batch, Job, Method, count_forward, forward, wrap_seeded
 
 
 def _make_adapted(model: nn.Module, job: Job) -> PeftModel:
@@ -25,7 +25,7 @@ def _make_adapted(model: nn.Module, job: Job) -> PeftModel:
 
 
 def _start_peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
-    """Initialise with PEFT's functions, stopped after ``max_forwards``, a limit that PEFT lacks.
+    """Initialise with PEFT's functions, stopped after ``max_forwards``.
 
     The first of its forward passes, which only hashes inputs, counts.
     """
@@ -36,10 +36,7 @@ def _start_peft(model: nn.Module, job: Job, meter: Meter) -> PeftModel:
     def run(module: nn.Module, batch: Batch) -> None:
         forward(module, batch, meter)
         if meter.forwards - forwards_before >= job.max_forwards:
-            for layer in module.modules():
-                for hook in layer._forward_hooks.values():
-                    if isinstance(hook, eva.SVDHook):
-                        hook.converged = torch.ones_like(hook.converged)
+            end_pass(module)
 
     with meter.phase("collect"), _timed_as_solve(meter), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,11 +84,8 @@ def _start_ours(**options: Any) -> Callable[[nn.Module, Job, Meter], PeftModel]:
                 **options,
             )
         meter.move_seconds("collect", "solve", result.seconds["fold"] + result.seconds["check"])
-        meter.forwards += result.forwards
-        meter.tokens += sum(
-            batch["input_ids"].numel() if job.text else len(next(iter(batch.values())))
-            for batch in (job.batches[i % len(job.batches)] for i in range(result.forwards))
-        )
+        for i in range(result.forwards):
+            count_forward(job.batches[i % len(job.batches)], meter)
         with meter.phase("apply"):
             return result.apply(adapted)
 
