@@ -10,7 +10,7 @@ from typing import Any
 from .common import RESULTS
 from .cost.show import short_section
 from .quality import show as quality
-from .sections import markdown, markdown_table, provenance
+from .sections import Section, markdown, markdown_table, provenance
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -40,39 +40,31 @@ def whole_pass(folder: Path = RESULTS) -> str:
         line("this package over the plain passes", "ours_over_plain", "x"),
     ]
     accuracy = ranks["rows"]
-    return "\n".join(
+    others = [
         [
-            f"MiniLM (36 layers, {settings['forwards']} batches of {settings['batch']} texts of "
-            f"the Python documentation, r = {settings['r']}, rho = {settings['rho']:g}); medians "
-            f"of {settings['repeats']} interleaved runs in one process:",
-            "",
-            markdown_table(headers, rows),
-            "",
-            markdown_table(
-                ["", "PEFT's EVA", "this package"],
-                [
-                    [
-                        "peak memory above the plain passes",
-                        f"{memory['rows']['peft_over_plain'] / 2**20:.0f} MiB",
-                        f"{memory['rows']['ours_over_plain'] / 2**20:.0f} MiB",
-                    ],
-                    [
-                        "lost variance of `lora_A` against exact PCA, mean",
-                        f"{accuracy['peft_lost_mean']:.1e}",
-                        f"{accuracy['ours_lost_mean']:.1e}",
-                    ],
-                    [
-                        "ranks off the exact allocation (sum over "
-                        f"{len(accuracy['layers'])} layers, budget {accuracy['ours_total']})",
-                        str(accuracy["peft_rank_error"]),
-                        str(accuracy["ours_rank_error"]),
-                    ],
-                ],
-            ),
-            "",
-            f"({provenance(record)})",
-        ]
+            "peak memory above the plain passes",
+            f"{memory['rows']['peft_over_plain'] / 2**20:.0f} MiB",
+            f"{memory['rows']['ours_over_plain'] / 2**20:.0f} MiB",
+        ],
+        [
+            "lost variance of `lora_A` against exact PCA, mean",
+            f"{accuracy['peft_lost_mean']:.1e}",
+            f"{accuracy['ours_lost_mean']:.1e}",
+        ],
+        [
+            f"ranks off the exact allocation (sum over {len(accuracy['layers'])} layers, budget "
+            f"{accuracy['ours_total']})",
+            str(accuracy["peft_rank_error"]),
+            str(accuracy["ours_rank_error"]),
+        ],
+    ]
+    text = (
+        f"MiniLM (36 layers, {settings['forwards']} batches of {settings['batch']} texts of "
+        f"the Python documentation, r = {settings['r']}, rho = {settings['rho']:g}); medians "
+        f"of {settings['repeats']} interleaved runs in one process:"
     )
+    notes = markdown_table(["", "PEFT's EVA", "this package"], others)
+    return markdown(Section("The whole pass", text, headers, rows, notes=notes), record)
 
 
 def svd_step(folder: Path = RESULTS) -> str:
@@ -92,18 +84,12 @@ def svd_step(folder: Path = RESULTS) -> str:
     ]
     settings = record["settings"]
     headers = ["layer input", "D", "PEFT", "this package", "ratio", "PEFT lost", "ours lost"]
-    tokens = record["rows"][0]["tokens"]
-    return "\n".join(
-        [
-            f"One SVD step on its real activations ({tokens} tokens, K = "
-            f"{settings['components']}) against PEFT's `IncrementalPCA(lowrank=True)`, and the "
-            f"share of variance lost against exact PCA after {settings['steps']} steps:",
-            "",
-            markdown_table(headers, rows),
-            "",
-            f"({provenance(record)})",
-        ]
+    text = (
+        f"One SVD step on its real activations ({record['rows'][0]['tokens']} tokens, K = "
+        f"{settings['components']}) against PEFT's `IncrementalPCA(lowrank=True)`, and the "
+        f"share of variance lost against exact PCA after {settings['steps']} steps:"
     )
+    return markdown(Section("One SVD step", text, headers, rows), record)
 
 
 def simulated_memory(folder: Path = RESULTS) -> str:
@@ -111,17 +97,12 @@ def simulated_memory(folder: Path = RESULTS) -> str:
     from .simulated_memory import HEADERS, rows_for_table
 
     record = load("simulated_memory", folder)
-    return "\n".join(
-        [
-            "Peak GPU memory in GiB above the parameters, of the real code on tensors without "
-            "contents (4 x 512 tokens, bfloat16, seven projections a layer, r = 16, rho = 2; "
-            "simulated, see `bench/simulated_memory.py` for what that leaves out):",
-            "",
-            markdown_table(HEADERS, rows_for_table(record)),
-            "",
-            f"({provenance(record)})",
-        ]
+    text = (
+        "Peak GPU memory in GiB above the parameters, of the real code on tensors without "
+        "contents (4 x 512 tokens, bfloat16, seven projections a layer, r = 16, rho = 2; "
+        "simulated, see `bench/simulated_memory.py` for what that leaves out):"
     )
+    return markdown(Section("Simulated memory", text, HEADERS, rows_for_table(record)), record)
 
 
 def families(folder: Path = RESULTS) -> str:
@@ -133,9 +114,8 @@ def families(folder: Path = RESULTS) -> str:
         [row["family"], outcome_text(row["ours"]), outcome_text(row["peft"])]
         for row in record["rows"]
     ]
-    return "\n".join(
-        [markdown_table(["family", "this package", "PEFT's EVA"], rows), "", provenance(record)]
-    )
+    table = markdown_table(["family", "this package", "PEFT's EVA"], rows)
+    return f"{table}\n\n{provenance(record)}"
 
 
 def headline(folder: Path = RESULTS) -> str:
