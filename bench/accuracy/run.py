@@ -55,7 +55,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
         "preset": preset,
         "components": COMPONENTS,
         "rank": RANK,
-        **json_ready(asdict(chosen)),
+        **asdict(chosen),
         "labels": {name: method.label for name, method in METHODS.items()},
     }
     rows = Rows("accuracy", settings, out, quiet)
@@ -83,13 +83,6 @@ def _without_ratios(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _without_ratios(entry) for k, entry in value.items() if k != "ratios"}
     return [_without_ratios(entry) for entry in value] if isinstance(value, list) else value
-
-
-def json_ready(value: Any) -> Any:
-    """Return settings with tuples replaced by lists, as JSON reads them back."""
-    if isinstance(value, Mapping):
-        return {key: json_ready(entry) for key, entry in value.items()}
-    return list(value) if isinstance(value, tuple) else value
 
 
 def measure(

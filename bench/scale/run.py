@@ -101,7 +101,7 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
         "base": asdict(chosen.base),
-        "axes": {axis: list(values) for axis, values in chosen.axes.items()},
+        "axes": chosen.axes,
         "seconds": chosen.seconds,
     }
     memory = simulated(out)  # before minutes of measuring, to report a broken file at once
