@@ -75,8 +75,7 @@ class Rows:
             try:
                 row = dict(run(key))
             except Exception as error:  # why a row has no numbers is what the row tells
-                first_line = (str(error).strip().splitlines() or [""])[0]
-                row = {"error": f"{type(error).__name__}: {first_line}"[:300]}
+                row = error_row(error)
             self._finished_rows[key_text(key)] = row
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps([dict(key), row]) + "\n")
@@ -87,6 +86,12 @@ class Rows:
         path = save(self.part, rows, out=self.out, **self.settings)
         self.path.unlink()
         return path
+
+
+def error_row(error: Exception) -> dict[str, Any]:
+    """Return the row of a run that failed: the first line of the message."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return {"error": f"{type(error).__name__}: {first_line}"[:300]}
 
 
 def key_text(key: Key) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..rows import Key, key_text
+from ..rows import Key, error_row, key_text
 
 Make = Callable[[Key], Mapping[str, Any]]
 
@@ -92,8 +92,7 @@ def _row_or_error(make: Make, key: Key) -> Mapping[str, Any]:
     try:
         return make(key)
     except Exception as error:  # not every exception can be pickled
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        return {"error": f"{type(error).__name__}: {first_line}"[:300]}
+        return error_row(error)
 
 
 def _in_one_thread(make: Make, key: Key) -> Mapping[str, Any]:
