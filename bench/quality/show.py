@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -269,25 +269,25 @@ def _summary(record: Mapping[str, Any]) -> Section:
     settings = record["settings"]
     names = list(settings["domains"])
     results_by_domain = {name: results_by_method(record, name) for name in names}
-    cells: dict[str, list[str]] = {}
     counts = dict.fromkeys((WINS, TIES, LOSES), 0)
     verdicts_by_domain = {
         name: (verdicts(by_method, "loss", True), verdicts(by_method, "score", False))
         for name, by_method in results_by_domain.items()
     }
-    for verdicts_of_domain in verdicts_by_domain.values():
-        for outcome in [*verdicts_of_domain[0].values(), *verdicts_of_domain[1].values()]:
+    for by_loss, by_score in verdicts_by_domain.values():
+        for outcome in [*by_loss.values(), *by_score.values()]:
             if outcome in counts:
                 counts[outcome] += 1
-    for method, label in settings["methods"].items():
-        cells[label] = [
-            _cell(
-                results_by_domain[name][method],
-                verdicts_by_domain[name][0].get(method),
-                verdicts_by_domain[name][1].get(method),
-            )
-            for name in names
+    rows = [
+        [
+            label,
+            *(
+                _cell(results_by_domain[name][method], by_loss.get(method), by_score.get(method))
+                for name, (by_loss, by_score) in verdicts_by_domain.items()
+            ),
         ]
+        for method, label in settings["methods"].items()
+    ]
     titles = [settings["domains"][name]["title"] for name in names]
     text = (
         "Fine-tuning that differs in nothing but the initialisation and its best learning rate. "
@@ -300,11 +300,7 @@ def _summary(record: Mapping[str, Any]) -> Section:
         f"{', '.join(map(str, settings['seeds']))}. The models are small and the runs short: this "
         "says which initialisation learns fast here, not what large models do."
     )
-    return Section("Quality after fine-tuning", text, ["", *titles], _rows(cells), notes=notes)
-
-
-def _rows(cells: Mapping[str, Sequence[str]]) -> list[list[str]]:
-    return [[label, *values] for label, values in cells.items()]
+    return Section("Quality after fine-tuning", text, ["", *titles], rows, notes=notes)
 
 
 def _cell(results: MethodResults, by_loss: str | None, by_score: str | None) -> str:
