@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    Line = tuple[str, str, str, Callable[[Row], float | None]]  # colour, marker, dash, value
+
 GIB, MIB = 2**30, 2**20
 SIZE = 7, 4.5  # inches
 # Okabe and Ito's colours, each with a marker of its own.
-_LINES: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
+_LINES: dict[str, Line] = {
     "this package": ("#0072B2", "o", "-", lambda row: milliseconds(row, "sketch")),
     "of that, fold and compare": ("#56B4E9", "v", "-", end_of_step),
     "floor of the machine": ("#999999", ".", ":", lambda row: row["floor"]["step_ms"]),
@@ -31,53 +33,37 @@ _LINES: dict[str, tuple[str, str, str, Callable[[Row], float | None]]] = {
 
 def costs(base: Point, rows: Sequence[Row]) -> Figure:
     """Plot the time of a step vs. each size, the other sizes fixed."""
-    figure = new_figure(
-        SIZE, "Milliseconds of a step against width, tokens, layer inputs and components"
-    )
-    axes = figure.subplots(2, 2, sharey=True).flatten()
-    for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
-        for name, (colour, marker, dash, cost) in _LINES.items():
-            _plot_line(
-                ax,
-                rows_along(axis, base, rows),
-                axis,
-                cost,
-                color=colour,
-                marker=marker,
-                linestyle=dash,
-                label=name,
-            )
-        _style_axes(ax, label, [row[axis] for row in rows_along(axis, base, rows)])
-    for ax in axes[::2]:
-        ax.set_ylabel("milliseconds a step", fontsize=8)
-    _add_legend(figure, axes[0], 3)
-    return figure
+    title = "Milliseconds of a step against width, tokens, layer inputs and components"
+    return _plot_by_size(title, "milliseconds a step", base, rows, _LINES)
 
 
 def ratios(base: Point, rows: Sequence[Row]) -> Figure:
     """Plot the others' time divided by our step's vs. each size; above 1 we are faster."""
-    figure = new_figure(
-        SIZE, "Time of the competitors over that of this package, against each size"
-    )
+    lines = {}
+    for name in ("exact Gram", "PEFT's step", "forward of q, k, v"):
+        colour, marker, dash, cost = _LINES[name]
+        lines[f"{name} over this package"] = (colour, marker, dash, _over_ours(cost))
+    title = "Time of the competitors over that of this package, against each size"
+    figure = _plot_by_size(title, "times as long", base, rows, lines)
+    for ax in figure.axes:
+        ax.axhline(1, color="#999999", linewidth=1)
+    return figure
+
+
+def _plot_by_size(
+    title: str, quantity: str, base: Point, rows: Sequence[Row], lines: Mapping[str, Line]
+) -> Figure:
+    """Return a figure with a panel for each size, which shows how the lines depend on it."""
+    figure = new_figure(SIZE, title)
     axes = figure.subplots(2, 2, sharey=True).flatten()
     for ax, (axis, label) in zip(axes, AXES.items(), strict=True):
-        for name in ("exact Gram", "PEFT's step", "forward of q, k, v"):
-            colour, marker, dash, cost = _LINES[name]
-            _plot_line(
-                ax,
-                rows_along(axis, base, rows),
-                axis,
-                _over_ours(cost),
-                color=colour,
-                marker=marker,
-                linestyle=dash,
-                label=f"{name} over this package",
-            )
-        ax.axhline(1, color="#999999", linewidth=1)
-        _style_axes(ax, label, [row[axis] for row in rows_along(axis, base, rows)])
+        along = rows_along(axis, base, rows)
+        for name, line in lines.items():
+            _plot_line(ax, along, axis, name, line)
+        _style_axes(ax, label, [row[axis] for row in along])
     for ax in axes[::2]:
-        ax.set_ylabel("times as long", fontsize=8)
-    _add_legend(figure, axes[0], 3)
+        ax.set_ylabel(quantity, fontsize=8)
+    _add_legend(figure, axes[0])
     return figure
 
 
@@ -91,16 +77,7 @@ def states(rows: Sequence[Row]) -> Figure:
         def mib_kept(row: Row, method: str = method) -> float:
             return row["state_bytes"][method] / MIB
 
-        _plot_line(
-            ax,
-            rows,
-            "D",
-            mib_kept,
-            color=colour,
-            marker=marker,
-            linestyle=dash,
-            label=label or name,
-        )
+        _plot_line(ax, rows, "D", label or name, (colour, marker, dash, mib_kept))
     _style_axes(ax, AXES["D"], [row["D"] for row in rows])
     ax.set_ylabel(f"MiB kept between steps, {rows[0]['L']} layer inputs", fontsize=8)
     ax.legend(fontsize=8, frameon=False)
@@ -131,7 +108,7 @@ def models(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_ylabel("GiB, simulated", fontsize=8)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
-    _add_legend(figure, ax, 3)
+    _add_legend(figure, ax)
     return figure
 
 
@@ -143,16 +120,12 @@ def _over_ours(cost: Callable[[Row], float | None]) -> Callable[[Row], float | N
     return ratio
 
 
-def _plot_line(
-    ax: Axes,
-    rows: Sequence[Row],
-    axis: str,
-    cost: Callable[[Row], float | None],
-    **style: Any,
-) -> None:
+def _plot_line(ax: Axes, rows: Sequence[Row], axis: str, name: str, line: Line) -> None:
+    colour, marker, dash, cost = line
     points = [(row[axis], value) for row in rows if (value := cost(row)) is not None]
     xs, ys = zip(*points, strict=True) if points else ((), ())
-    ax.plot(xs, ys, markersize=4.5, linewidth=1.2, **style)
+    style = f"{marker}{dash}"
+    ax.plot(xs, ys, style, color=colour, markersize=4.5, linewidth=1.2, label=name)
 
 
 def _style_axes(ax: Axes, label: str, sizes: Sequence[int]) -> None:
@@ -169,8 +142,6 @@ def _format_size(size: int) -> str:
     return f"{size // 1024}Ki" if size >= 1024 and size % 1024 == 0 else str(size)
 
 
-def _add_legend(figure: Figure, ax: Axes, columns: int) -> None:
+def _add_legend(figure: Figure, ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", fontsize=7.5, ncols=columns, frameon=False
-    )
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7.5, ncols=3, frameon=False)
