@@ -119,9 +119,13 @@ def centred_covariance(tokens_by_batch: list[Tensor]) -> Tensor:
     return total
 
 
-def lost_variance(rows: Tensor, covariance: Tensor, spectrum: Tensor | None = None) -> float:
-    """Return 1 - (variance captured by the span of rows) / (by the best span of that size)."""
+def lost_variance(rows: Tensor, covariance: Tensor, spectrum: Tensor) -> float:
+    """Return 1 - (variance captured by the span of rows) / (by the best span of that size).
+
+    Args:
+        rows: (K, D).
+        covariance, spectrum: the exact scatter matrix, and its eigenvalues, ascending.
+    """
     basis = torch.linalg.qr(rows.double().T).Q
     captured = (basis.T @ covariance @ basis).trace()
-    best = torch.linalg.eigvalsh(covariance) if spectrum is None else spectrum
-    return float(1 - captured / best.flip(0)[: len(rows)].sum())
+    return float(1 - captured / spectrum.flip(0)[: len(rows)].sum())

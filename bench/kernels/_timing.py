@@ -9,7 +9,7 @@ import math
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -232,7 +232,7 @@ def _sync_warnings(run: Run) -> int:
     return sum("synchronizing" in str(warning.message) for warning in caught)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Return the relative error in Frobenius norm; NaN stays NaN."""
-    found, expected = found.double(), expected.double()
-    return float((found - expected).norm() / expected.norm())
+def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative error of some tensors in Frobenius norm; NaN stays NaN."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max())

@@ -55,8 +55,8 @@ def _make(widths: list[tuple[int, int]], device: torch.device) -> Prepared:
         similarity, unconverged = run(name)
         counts = (truth.view(-1, COMPONENTS)[:, : ranks[0]] < 0.99).sum(1)
         # a wrong count is a wrong answer, however accurate the similarities are
-        wrong = float((unconverged != counts).any())
-        return max(wrong, float((similarity.double() - truth).abs().max()))
+        wrong = (unconverged != counts).any().double()
+        return float(torch.maximum(wrong, (similarity.double() - truth).abs().max()))
 
     names = [fast_path("native", run, device), "torch"]
     values = sum(rows * d for rows, d in shapes)

@@ -84,7 +84,13 @@ def _make(
     fast = fast_path("triton", lambda name: run(name, zero_sums()), device)
     names = [fast, "torch"]
     exact_sums = truth(x, basis, pivot)
-    errors = {name: _error(functools.partial(run, name), zero_sums(), exact_sums) for name in names}
+
+    def error(name: str) -> float:
+        sums = zero_sums()
+        run(name, sums)
+        return relative_error(sums, exact_sums)
+
+    errors = {name: error(name) for name in names}
     sums = {name: zero_sums() for name in names}
     competitors: dict[str, Callable[[], Any]] = {
         name: functools.partial(run, name, sums[name]) for name in names
@@ -108,8 +114,3 @@ def truth(
     centred = x.double() - pivot.double()
     products = (centred @ basis.double().mT).mT @ centred
     return products, centred.sum(0), centred.square().sum()
-
-
-def _error(run: Any, sums: tuple[torch.Tensor, ...], truth: tuple[torch.Tensor, ...]) -> float:
-    run(sums)
-    return max(relative_error(*pair) for pair in zip(sums, truth, strict=True))

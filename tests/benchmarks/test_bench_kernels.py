@@ -187,6 +187,20 @@ def test_wrong_sketch_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
         _case.check(made)
 
 
+@pytest.mark.parametrize("part", range(3))
+def test_nan_in_any_sum_fails_the_check(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = sketch.sketch
+
+    def spoiled(x: Any, basis: Any, pivot: Any, *sums: torch.Tensor, **options: Any) -> None:
+        right(x, basis, pivot, *sums, **options)
+        sums[part].fill_(torch.nan)
+
+    monkeypatch.setattr(sketch, "sketch", spoiled)
+    row = _case.measure(sketch.cases(small=True)[0], CPU)
+    assert row["status"] == "incorrect"
+    assert "relative error of nan" in row["reason"]
+
+
 def test_wrong_fold_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fold.measure(CPU, small=True)["status"] == "timed"
     monkeypatch.setattr(fold, "lost_variance", lambda stream, x: 0.5)
