@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,18 @@ def test_methods_that_take_too_long_are_left_out() -> None:
     row = measure.measure(SMALL, CPU, torch.float32, slow, 0.05)
     assert {"gram", "forward"} <= set(row["left_out"])
     assert set(row["ms"]) == {"sketch", "peft"} - set(row["left_out"])
+
+
+def test_nan_in_any_layer_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    two_layers = replace(SMALL, L=2)
+    tokens = [make_tokens(two_layers, CPU, torch.float32, seed) for seed in range(2)]
+    ours = measure.Ours(two_layers, CPU, tokens, "sketch")
+    assert measure.check("sketch", ours) < 1e-4
+    rows = ours.components()
+    rows[1] = torch.full_like(rows[1], torch.nan)
+    monkeypatch.setattr(ours, "components", lambda: rows)
+    with pytest.raises(ArithmeticError, match="lost nan"):
+        measure.check("sketch", ours)
 
 
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
