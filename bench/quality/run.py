@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,16 +67,8 @@ def run(
         workers: number of processes, one per core if ``None``; 0 runs in this process, as a domain
             run on request always does.
     """
-    run_preset(
-        preset,
-        _look_up("preset", [preset], PRESETS)[0],
-        out,
-        domains,
-        methods,
-        quiet,
-        data,
-        workers,
-    )
+    _check_known("preset", [preset], PRESETS)
+    run_preset(preset, PRESETS[preset], out, domains, methods, quiet, data, workers)
 
 
 def run_preset(
@@ -90,15 +82,13 @@ def run_preset(
     workers: int | None = None,
 ) -> None:
     """Like ``run``, for an arbitrary preset."""
-    _look_up("data", [data], dict.fromkeys(DATA))
-    known = [name for name in _select_names(domains, RECIPES) if domains or name not in ON_REQUEST]
-    recipes = {name: shortened(RECIPES[name], preset) for name in known}
+    _check_known("data", [data], DATA)
+    chosen_domains = _select_names(domains, RECIPES, ON_REQUEST)
+    recipes = {name: shortened(RECIPES[name], preset) for name in chosen_domains}
     digests = {name: base_digest(name, data) for name in recipes if name in ON_REQUEST}
     if digests:
         workers = 0  # there is one GPU, and only this process has the base
-    chosen_methods = [
-        name for name in _select_names(methods, METHODS) if methods or name not in VARIANTS
-    ]
+    chosen_methods = _select_names(methods, METHODS, VARIANTS)
     with Workers(workers) as pool:
         rows = Rows("quality", _settings(name, preset, recipes, chosen_methods, data), out, quiet)
 
@@ -187,15 +177,17 @@ def _settings(
     }
 
 
-def _select_names(requested: Sequence[str] | None, known: Mapping[str, Any]) -> list[str]:
-    """Return the names in the order of the registry."""
-    if requested is not None:
-        _look_up("name", requested, known)
-    return [name for name in known if requested is None or name in requested]
+def _select_names(
+    requested: Sequence[str] | None, known: Collection[str], on_request: Sequence[str]
+) -> list[str]:
+    """Return the requested names, or all but those on request, in the order of the registry."""
+    if requested is None:
+        return [name for name in known if name not in on_request]
+    _check_known("name", requested, known)
+    return [name for name in known if name in requested]
 
 
-def _look_up(what: str, requested: Sequence[str], known: Mapping[str, Any]) -> list[Any]:
+def _check_known(what: str, requested: Sequence[str], known: Collection[str]) -> None:
     unknown = [name for name in requested if name not in known]
     if unknown:
         raise ValueError(f"unknown {what} {', '.join(unknown)}; choose from {', '.join(known)}")
-    return [known[name] for name in requested]
