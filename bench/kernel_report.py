@@ -20,10 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .files import ROOT
+
 if TYPE_CHECKING:
     from eva_kernels.kernels.sequence import Call, LaunchSequence
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 WIDTHS = (64, 128, 256)
 TENSOR_CORE = {
@@ -49,7 +50,7 @@ def can_compile() -> bool:
     return "constexprs" in inspect.signature(ASTSource).parameters
 
 
-def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict[str, Any]]:
+def compile_all(archs: tuple[str, ...] = ARCHS) -> list[dict[str, Any]]:
     """Return one record per compiled kernel, from one child process per architecture."""
     if not can_compile():
         raise RuntimeError("compiling the kernels without a GPU needs Triton 3.3 or later")
@@ -68,7 +69,7 @@ def compile_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[dict
             raise RuntimeError(f"compiling for {arch} failed:\n{done.stderr[-4000:]}")
         return json.loads(done.stdout.splitlines()[-1])
 
-    with ThreadPoolExecutor(processes) as pool:
+    with ThreadPoolExecutor(2) as pool:
         return [record for records in pool.map(child, archs) for record in records]
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..common import RESULTS
-from ..processes import ask_child
 from ..rows import Rows
 from ..sections import Section
 from .configs import CONFIGS
-from .run import START_SECONDS, row_keys, summary
+from .run import measure_row, row_keys
 
 METHODS = ("eva", "eva-peft", "lora-ga", "lora-ga-paper", "corda-ipm")
 QUANTITIES = ("init_s", "init_peak", "init_reserved")
@@ -72,8 +71,7 @@ def run(
     overrides = {} if repeats is None else {"repeats": repeats}
 
     def measure(key: Any) -> dict[str, Any]:
-        question = {**key, **overrides, "config": name, "real": False}
-        return summary(ask_child("bench.cost", question, START_SECONDS + 20 * config.seconds))
+        return measure_row({**key, **overrides, "config": name, "real": False})
 
     keys_by_size = row_keys(replace(config, batches=(batch,)), methods)
     keys = [{**key, "depth": n} for key in keys_by_size for n in depths]

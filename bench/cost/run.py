@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_row(question: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row that answers a question, see ``measure_method`` in ``__main__.py``."""
+    limit = START_SECONDS + 20 * CONFIGS[question["config"]].seconds
+    return summary(ask_child("bench.cost", question, limit))
+
+
 def run(
     name: str = "tiny",
     out: Path = RESULTS,
@@ -82,15 +88,13 @@ def run(
     }
 
     def measure(key: Any) -> dict[str, Any]:
-        question = {**key, "config": name, "real": real}
-        limit = START_SECONDS + 20 * config.seconds
-        return summary(ask_child("bench.cost", question, limit))
+        return measure_row({**key, "config": name, "real": real})
 
     rows = Rows(f"cost-{name}", settings, out, quiet)
     return rows.finish(rows.make(row_keys(config, methods or list(METHODS)), measure))
 
 
 def _model_shape(config: Config) -> dict[str, int]:
-    config = config.make_config()
+    model_config = config.make_config()
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(model_config, name) for name in names}

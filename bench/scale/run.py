@@ -106,9 +106,9 @@ def run(preset: str = "quick", out: Path = RESULTS, quiet: bool = False) -> Path
     }
     memory = simulated(out)  # before minutes of measuring, to report a broken file at once
     rows = Rows("scale", settings, out, quiet)
-    ceilings = rows.make([{"ceilings": device.type}], lambda key: asdict(machine_ceilings(device)))[
-        0
-    ]
+    (ceilings,) = rows.make(
+        [{"ceilings": device.type}], lambda key: asdict(machine_ceilings(device))
+    )
     if "error" in ceilings:
         raise RuntimeError(
             f"the peak rates of this machine cannot be measured: {ceilings['error']}"

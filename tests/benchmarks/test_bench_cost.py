@@ -170,12 +170,7 @@ def test_text_and_table_cells() -> None:
 
 
 @pytest.mark.slow
-def test_depths_are_measured_and_extrapolated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        depth, "ask_child", lambda module, question, seconds: measuring.measure_method(question)
-    )
+def test_depths_are_measured_and_extrapolated(tmp_path: Path) -> None:
     methods = ["eva", "corda-ipm"]
     path = depth.run("tiny", (3, 2), methods, batch=8, out=tmp_path, quiet=True)
     record = json.loads(path.read_text())
@@ -192,12 +187,7 @@ def test_depths_are_measured_and_extrapolated(
 
 
 @pytest.mark.slow
-def test_rows_are_passed_on_after_each_depth(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        depth, "ask_child", lambda module, question, seconds: measuring.measure_method(question)
-    )
+def test_rows_are_passed_on_after_each_depth(tmp_path: Path) -> None:
     kept: list[list[int]] = []
 
     def on_rows(rows: list[dict[str, Any]]) -> None:
