@@ -84,7 +84,7 @@ class Batch:
 
     Args:
         sketches: of equal (Q, D), dtype and device.
-        size: bytes of the largest float64 array of one layer.
+        layer_bytes: of the largest float64 array of one layer.
 
     Attributes:
         numbers: of sketches, see :func:`fold_numbers`.

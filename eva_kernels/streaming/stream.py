@@ -1,4 +1,4 @@
-"""The stream of one layer input, and the step over many of them at once."""
+"""The stream of one layer input; a step over many of them at once is in ``step.py``."""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class StartBarrier:
         """Wait for the others; returns the report of one that failed, ``None`` if all arrived.
 
         Args:
-            interrupted: polled while waiting; if true this process has failed, unless all arrived.
+            is_interrupted: polled while waiting; if true this process has failed, unless all
+                arrived.
 
         Raises:
             EvaRuntimeError: the store cannot be reached any more.
