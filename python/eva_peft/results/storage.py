@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import EvaValueError, counted, listed
-from ..resume.checkpoint_file import checksum, pack_texts, unpack_texts
-from ..surroundings.files import atomic_write
+from ..resume.checkpoint_file import checksum, read_file, write_file
 from .layer_names import module_kinds
 from .report import explained_by_rank
 from .result import EvaResult
@@ -50,12 +47,9 @@ def save_result(result: EvaResult, path: str | PathLike[str]) -> None:
         f.name: getattr(result, f.name) for f in fields(result) if f.name not in _TENSORS
     }
     text = {"index": json.dumps(index), "result": json.dumps(other_fields)}
-    metadata = {"format": RESULT_FORMAT, "checksum": checksum(_joined_texts(text), tensors)}
-    metadata |= pack_texts(text, tensors)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_file(target, RESULT_FORMAT, text, tensors)
 
 
 def load_result(path: str | PathLike[str]) -> EvaResult:
@@ -69,10 +63,7 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
     if not Path(path).is_file():
         raise EvaValueError(f"{path} does not exist; pass the file that EvaResult.save wrote")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata |= unpack_texts(tensors)
+        metadata, tensors = read_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise EvaValueError(
             f"{path} is not a readable safetensors file ({error}); pass the file that "
@@ -84,10 +75,9 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
             f"{metadata.get('format') or 'not given'}, expected {RESULT_FORMAT}; pass a file that "
             "EvaResult.save wrote"
         )
+    texts = "\n".join(metadata.get(key, "") for key in ("index", "result"))
     expected_checksum = metadata.get("checksum")  # files of earlier versions have none
-    if expected_checksum is not None and expected_checksum != checksum(
-        _joined_texts(metadata), tensors
-    ):
+    if expected_checksum is not None and expected_checksum != checksum(texts, tensors):
         raise EvaValueError(
             f"{path} is damaged: its contents do not match its checksum; copy the file again, or "
             "calibrate and save again"
@@ -104,10 +94,6 @@ def load_result(path: str | PathLike[str]) -> EvaResult:
             f"{path} is damaged ({error!r}); copy the file again, or calibrate and save again"
         ) from error
     return result
-
-
-def _joined_texts(metadata: Mapping[str, str]) -> str:
-    return "\n".join(metadata.get(key, "") for key in ("index", "result"))
 
 
 def summary_text(result: EvaResult) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ __all__ = [
     "REMEDY",
     "check_path",
     "checksum",
-    "pack_texts",
     "read_checkpoint",
-    "unpack_texts",
+    "read_file",
     "write_checkpoint",
+    "write_file",
 ]
 
 FORMAT = "eva_kernels.checkpoint/1"
@@ -42,12 +43,8 @@ def write_checkpoint(path: Path, state: Mapping[str, Any], tensors: Mapping[str,
     Raises:
         OSError: or ``SafetensorError``; the old file is as it was.
     """
-    text = json.dumps(state)
     cpu_tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "checksum": checksum(text, cpu_tensors)}
-    metadata |= pack_texts({"state": text}, cpu_tensors)
-    with atomic_write(path) as temporary:
-        save_file(cpu_tensors, temporary, metadata=metadata)
+    write_file(path, FORMAT, {"state": json.dumps(state)}, cpu_tensors)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -57,10 +54,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         EvaValueError: damaged, another kind of file, or another version of the format.
     """
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata |= unpack_texts(tensors)
+        metadata, tensors = read_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise EvaValueError(
             f"the checkpoint {path} is not a readable safetensors file ({error}): it is damaged, "
@@ -85,6 +79,46 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, tensors
 
 
+def write_file(
+    path: Path, file_format: str, texts: Mapping[str, str], tensors: dict[str, Tensor]
+) -> None:
+    """Write texts and tensors, with a checksum, so that the path holds the old file or the new one.
+
+    Args:
+        path: its folder exists.
+        file_format: name and version of the format.
+        texts: by name.
+        tensors: on the CPU, contiguous; texts that are too long for the header are added.
+
+    Raises:
+        OSError: or ``SafetensorError``; the old file is as it was.
+    """
+    metadata = {"format": file_format, "checksum": checksum("\n".join(texts.values()), tensors)}
+    if sum(map(len, texts.values())) <= MAX_HEADER_TEXT:
+        metadata |= texts
+    else:  # as after many steps with many experts
+        for name, text in texts.items():
+            content = bytearray(text.encode())
+            tensors[_TEXT_PREFIX + name] = torch.frombuffer(content, dtype=torch.uint8)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def read_file(path: str | PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the metadata, with the texts, and the tensors that :func:`write_file` wrote.
+
+    Raises:
+        OSError: or ``SafetensorError`` or ValueError; it is not a file of this kind.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        metadata: dict[str, str] = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for name in [name for name in tensors if name.startswith(_TEXT_PREFIX)]:
+        content = tensors.pop(name).numpy().tobytes()
+        metadata[name.removeprefix(_TEXT_PREFIX)] = content.decode()
+    return metadata, tensors
+
+
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     """Return a hash of a text, and of the names, types, shapes and bytes of tensors on the CPU."""
     total = hashlib.sha256(text.encode())
@@ -93,34 +127,6 @@ def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def pack_texts(text: Mapping[str, str], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Return the texts for the header of a safetensors file: all, or none.
-
-    If they are too long for it, as after many steps with many experts, they become tensors.
-
-    Args:
-        text: texts by name.
-        tensors: of the file; texts that do not go into the header are added here.
-    """
-    if sum(map(len, text.values())) <= MAX_HEADER_TEXT:
-        return dict(text)
-    for name, value in text.items():
-        content = bytearray(value.encode())
-        tensors[_TEXT_PREFIX + name] = torch.frombuffer(content, dtype=torch.uint8)
-    return {}
-
-
-def unpack_texts(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Remove the texts that :func:`pack_texts` stored as tensors, and return them.
-
-    Raises:
-        ValueError: they are not UTF-8.
-    """
-    names = [name for name in tensors if name.startswith(_TEXT_PREFIX)]
-    texts = {name: tensors.pop(name).numpy().tobytes() for name in names}
-    return {name.removeprefix(_TEXT_PREFIX): content.decode() for name, content in texts.items()}
 
 
 def check_path(path: Path) -> None:

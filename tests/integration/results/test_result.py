@@ -255,7 +255,7 @@ def test_failed_save_leaves_the_old_file(
     def failing(*args: Any, **options: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(import_module("eva_peft.results.storage"), "save_file", failing)
+    monkeypatch.setattr(import_module("eva_peft.resume.checkpoint_file"), "save_file", failing)
     with pytest.raises(OSError, match="disk full"):
         llama_result.save(path)
     assert path.read_bytes() == before
