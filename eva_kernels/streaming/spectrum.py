@@ -6,7 +6,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -96,17 +96,12 @@ def spectra(streams: Sequence[InputStream], device: torch.device | None = None) 
     return [by_stream[id(s)] for s in streams]
 
 
-def have_variance(states: Sequence[SketchState]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Tell for each state whether its tokens differ by more than rounding, (L,).
+def _totals_above_noise(states: Sequence[SketchState]) -> Array:
+    """Return the total of each state, (L,); 0 where that is rounding.
 
-    Rounding error of a constant (whose mean is not exact) is not variance: totals below
+    The rounding error of a constant (whose mean is not exact) is not variance: totals below
     ``n (4 eps |mean|)^2`` count as zero.
     """
-    return _totals_above_noise(states) > 0
-
-
-def _totals_above_noise(states: Sequence[SketchState]) -> Array:
-    """Return the total of each state, (L,); 0 where that is rounding."""
     totals = np.array([s.total for s in states], np.float64)
     counts = np.array([s.count for s in states], np.float64)
     noise = np.array([4 * _eps(s.mean.dtype) * s.mean_norm for s in states], np.float64)
@@ -288,6 +283,6 @@ def _spectrum(
         mean=mean,
         count=sketch.count,
         total=sketch.total,
-        rank=rank if have_variance([sketch])[0] else 0,
+        rank=rank if _totals_above_noise([sketch])[0] > 0 else 0,
         lost=0.0 if isinstance(stream.state, GramState) else stream.lost,
     )
