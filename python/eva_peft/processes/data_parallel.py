@@ -208,7 +208,7 @@ class Processes:
             self.peers.attempt(stack.close)  # the others are told with the result
         if self.is_leader:
             # after the checkpoint keeper, whose file has what is pending between forward passes
-            self.peers.attempt(self.peers.call_unless_failed, run.fold_pending)
+            self.peers.attempt_unless_failed(run.fold_pending)
         return decision.converged
 
     def _start_or_resume(self, run: CalibrationPass, stream: Iterator[Any]) -> _Decision:
@@ -286,7 +286,7 @@ class Processes:
         """
         found: Any = None
         if self.is_leader:
-            found = self.peers.attempt(self.peers.call_unless_failed, make)
+            found = self.peers.attempt_unless_failed(make)
             raised = self.peers.held_error.error
             if raised is not None:
                 found = raised if isinstance(raised, NotConvergedError) else describe_error(raised)
@@ -318,9 +318,7 @@ class Processes:
     ) -> ForwardReport:
         tokens_before = run.tokens
         run.phase = "forward"
-        ready = self.peers.attempt(
-            self.peers.call_unless_failed, lambda: self._next_ready(run, prepared_batches)
-        )
+        ready = self.peers.attempt_unless_failed(lambda: self._next_ready(run, prepared_batches))
         # The processes of a sharded model wait for each other in the forward pass: either all begin
         # it or none, and an interrupt is handled at its end.
         if run.sharded and not all(self.peers.gather(ready is not None)):
@@ -408,5 +406,5 @@ class Processes:
             stop = not had_batch or done or run.limit_reached()
             return _Decision(done, stop, frozenset(run.collector.frozen), renewed, run.steps)
 
-        decision = self.peers.attempt(self.peers.call_unless_failed, end_step)
+        decision = self.peers.attempt_unless_failed(end_step)
         return decision or _Decision(error=self.peers.failure_report())

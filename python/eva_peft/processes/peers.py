@@ -42,10 +42,9 @@ class Peers:
 
         return self.held_error.catch(interruptible)
 
-    def call_unless_failed(self, function: Callable[[], T]) -> T:
-        """Call a function, or raise the held error instead; to be passed to :meth:`attempt`."""
-        self.held_error.reraise()  # attempt() holds it again
-        return function()
+    def attempt_unless_failed(self, function: Callable[[], T]) -> T | None:
+        """Do the same if no error is held yet, else nothing."""
+        return self.attempt(function) if self.held_error.error is None else None
 
     def is_interrupted(self) -> bool:
         """Tell whether this process has failed, or is interrupted now."""
