@@ -177,19 +177,14 @@ def measure_peak(kind: str, quick: bool) -> int:
     """Run one kind of pass and return the peak resident set of this process, in bytes."""
     setting = QUICK if quick else Setting()
     with _transformers_quiet():
-        return _run_for_memory(kind, setting)
-
-
-def _run_for_memory(kind: str, setting: Setting) -> int:
-    inputs = read_inputs(setting)
-    batches = inputs.batches(setting)
-    if kind == OURS:
-        run_ours(inputs.model, batches, setting, setting.memory_forwards)
-    elif kind == PEFT:
-        run_peft(inputs.model, batches, setting, setting.memory_forwards)
-    else:
-        for batch in batches[: setting.memory_forwards]:
-            plain_forward_seconds(inputs.model, [batch])
+        inputs = read_inputs(setting)
+        batches = inputs.batches(setting)
+        if kind == OURS:
+            run_ours(inputs.model, batches, setting, setting.memory_forwards)
+        elif kind == PEFT:
+            run_peft(inputs.model, batches, setting, setting.memory_forwards)
+        else:
+            plain_forward_seconds(inputs.model, batches[: setting.memory_forwards])
     return _peak_resident_bytes()
 
 
