@@ -169,8 +169,10 @@ def _drop_keys(value: Any, names: frozenset[str]) -> Any:
 
 def _option_kind(option: Any) -> str:
     """Return which kind of function is used; its code has no identity that lasts between runs."""
-    if option is None or option == AUTO:
-        return "default" if option is None else AUTO
+    if option is None:
+        return "default"
+    if option == AUTO:
+        return AUTO
     if isinstance(option, Mapping):
         return f"functions for {', '.join(sorted(option))}"
     return "own function"
@@ -182,11 +184,12 @@ def _weight_digest(module: nn.Module) -> str:
     Weights on the meta device, or of size 0, are filled in by a hook only while the layer runs,
     and some quantised ones cannot be indexed.
     """
-    elements = _sample_elements(getattr(module, "weight", None))
+    elements = _sample_elements(module)
     return "hidden" if elements is None else _digest(elements)
 
 
-def _sample_elements(weight: Any) -> list[float] | None:
+def _sample_elements(module: nn.Module) -> list[float] | None:
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.numel():
         return None
     index = torch.linspace(
@@ -206,10 +209,9 @@ def sample_weights(run: CalibrationPass) -> dict[str, list[float]]:
 
     Each process then holds different parts.
     """
-    modules = {t.name: t.module for t in run.targets if t.weight is None and not run.sharded}
-    elements_of = {
-        name: _sample_elements(getattr(module, "weight", None)) for name, module in modules.items()
-    }
+    if run.sharded:
+        return {}
+    elements_of = {t.name: _sample_elements(t.module) for t in run.targets if t.weight is None}
     return {name: elements for name, elements in elements_of.items() if elements is not None}
 
 
