@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from os import PathLike
@@ -14,7 +14,7 @@ from eva_kernels.streaming.plan import METHODS
 
 from .errors import EvaTypeError, EvaValueError
 
-__all__ = ["AUTO", "CalibrateOptions"]
+__all__ = ["AUTO", "CalibrateOptions", "check_option_names"]
 
 AUTO: Literal["auto"] = "auto"
 
@@ -31,24 +31,17 @@ _CHOICES = {
     "trim_padding": (True, False),
     "progress": (True, False),
 }
-_NUMBER_TYPES: dict[str, Any] = {
-    "max_steps": Integral,
-    "max_tokens": Integral,
-    "tokens_per_step": Integral,
-    "max_seconds": Real,
-    "oversample": Real,
-    "min_rank": Integral,
-    "memory_budget": Real,
-    "seed": Integral,
-    "checkpoint_every": Integral,
-}
-_MINIMUM = {
-    "max_steps": 1,
-    "max_tokens": 1,
-    "tokens_per_step": 1,
-    "oversample": 1,
-    "memory_budget": 1,
-    "checkpoint_every": 1,
+# The type and the least value of each number.
+_NUMBERS: dict[str, tuple[Any, float]] = {
+    "max_steps": (Integral, 1),
+    "max_tokens": (Integral, 1),
+    "tokens_per_step": (Integral, 1),
+    "max_seconds": (Real, 0),
+    "oversample": (Real, 1),
+    "min_rank": (Integral, 0),
+    "memory_budget": (Real, 1),
+    "seed": (Integral, -math.inf),
+    "checkpoint_every": (Integral, 1),
 }
 
 
@@ -160,7 +153,7 @@ class CalibrateOptions:
         self._check_functions()
 
     def _check_numbers(self) -> None:
-        for name, number_type in _NUMBER_TYPES.items():
+        for name, (number_type, minimum) in _NUMBERS.items():
             value = getattr(self, name)
             if value is None and name in ("max_tokens", "max_seconds", "tokens_per_step"):
                 continue
@@ -169,8 +162,8 @@ class CalibrateOptions:
             if not isinstance(value, number_type) or isinstance(value, bool):
                 wanted = "a whole number" if number_type is Integral else "a number"
                 raise EvaTypeError(f"{name}={value!r} must be {wanted}")
-            if name != "seed" and not value >= _MINIMUM.get(name, 0):
-                raise EvaValueError(f"{name}={value} must be at least {_MINIMUM.get(name, 0)}")
+            if not value >= minimum:
+                raise EvaValueError(f"{name}={value} must be at least {minimum}")
             if name in ("oversample", "memory_budget") and value == math.inf:
                 raise EvaValueError(f"{name}={value} must be finite")
             if number_type is Integral:  # such as NumPy's, which JSON and generators reject
@@ -197,10 +190,16 @@ class CalibrateOptions:
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> CalibrateOptions:
         """Build the options; the error for an unknown one lists those that exist."""
-        option_names = [f.name for f in fields(cls)]
-        for name in kwargs:
-            if name not in option_names:
-                raise EvaTypeError(
-                    f"unknown option {name!r}; the options are {', '.join(option_names)}"
-                )
+        check_option_names(kwargs, [f.name for f in fields(cls)])
         return cls(**kwargs)
+
+
+def check_option_names(names: Iterable[str], known_names: Sequence[str]) -> None:
+    """Refuse unknown names; the message lists those that exist.
+
+    Raises:
+        EvaTypeError: there is one.
+    """
+    for name in names:
+        if name not in known_names:
+            raise EvaTypeError(f"unknown option {name!r}; the options are {', '.join(known_names)}")

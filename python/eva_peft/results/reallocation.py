@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from copy import copy
 from numbers import Real
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .._peft_compat import LoraConfig, anchored_pattern, eva_config_of, pattern_value
-from ..errors import EvaTypeError, EvaValueError
+from ..errors import EvaValueError
 from ..model.checks import checked_number
 from ..model.targets import Target
 from ..options import CalibrateOptions
@@ -18,22 +17,9 @@ from ..passes.planning import num_components_of
 from ..passes.ranks import Budget, scaled_alpha
 from .result import EvaResult
 
-__all__ = ["check_allocation", "reallocate"]
+__all__ = ["ALLOCATION_OPTIONS", "reallocate"]
 
 ALLOCATION_OPTIONS = ("r", "rho", "budget", "min_rank")
-
-
-def check_allocation(names: Iterable[str]) -> None:
-    """Refuse names that are not options of :func:`reallocate`.
-
-    Raises:
-        EvaTypeError: an unknown name; the message lists the options.
-    """
-    for name in names:
-        if name not in ALLOCATION_OPTIONS:
-            raise EvaTypeError(
-                f"unknown option {name!r}; the options are {', '.join(ALLOCATION_OPTIONS)}"
-            )
 
 
 def reallocate(

@@ -168,9 +168,10 @@ class EvaResult:
         from ..model.checks import warn_if_inside_peft_model
         from ..model.divided import check_adapters_writable
         from ..model.wrappers import unwrap
-        from .reallocation import check_allocation
+        from ..options import check_option_names
+        from .reallocation import ALLOCATION_OPTIONS
 
-        check_allocation(allocation)
+        check_option_names(allocation, ALLOCATION_OPTIONS)
         check_adapters_writable(model)
         if not overwrite_trained:
             check_not_trained(model, adapter_name)
