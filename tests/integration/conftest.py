@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import eva_kernels
+from helpers import exact, lost_variance
 
 VOCABULARY = 96
 # A small encoder and decoder, as fields of BART's config and similar ones.
@@ -206,8 +207,7 @@ def layer_inputs(
 
 def exact_pca(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return (variances descending, unit rows) of the centred rows of x, float64."""
-    centred = x.double() - x.double().mean(0)
-    values, rows = torch.linalg.svd(centred, full_matrices=False)[1:]
+    values, rows, _ = exact(x)
     return values.square(), rows
 
 
@@ -219,10 +219,7 @@ def angle(a: Tensor, b: Tensor) -> float:
 
 def lost(rows: Tensor, x: Tensor) -> float:
     """Return the share of the best captured variance that ``rows`` misses on the data x."""
-    centred = x.double() - x.double().mean(0)
-    best = exact_pca(x)[0][: len(rows)].sum()
-    basis = torch.linalg.qr(rows.double().mT).Q
-    return float(1 - (centred @ basis).square().sum() / best)
+    return lost_variance(x, rows)
 
 
 def check_shares(result: Any, name: str, x: Tensor) -> None:

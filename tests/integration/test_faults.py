@@ -29,6 +29,7 @@ from integration.conftest import (
     vectors,
     wrapped,
 )
+from integration.fault_calls import DictInput
 
 CONFIG = {"target_modules": ["0", "2"]}
 
@@ -438,20 +439,8 @@ def test_triton_backend_that_cannot_run_is_an_error() -> None:
 
 
 def test_layer_input_without_tensor_is_rejected() -> None:
-    class DictInputLinear(nn.Linear):
-        def forward(self, x: Any) -> Tensor:
-            return super().forward(x["x"])
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = DictInputLinear(20, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a({"x": x})
-
     with pytest.raises(EvaTypeError, match=r"unsupported input type in layer a.*prepare_layer"):
-        run(Outer(), vectors(1), lora(target_modules=["a"]))
+        run(DictInput(), vectors(1), lora(target_modules=["a"]))
 
 
 def test_errors_subclass_the_builtin_exceptions_of_peft() -> None:

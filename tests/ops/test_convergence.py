@@ -12,14 +12,6 @@ from eva_kernels.ops.convergence import convergence, cosines
 SHAPES = [(4, 256), (1, 7), (3, 1000), (2, 513), (5, 64), (1, 1), (8, 33)]
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "native" and (reason := _native.unavailable_reason(device.type)):
-        # tests/packaging builds the C++ module, so a broken build fails there.
-        pytest.skip(reason)
-    return request.param
-
-
 def batch(device: torch.device, noise: float = 0.1) -> tuple[list, list]:
     previous = [torch.randn(shape) for shape in SHAPES]
     current = [before + noise * torch.randn_like(before) for before in previous]

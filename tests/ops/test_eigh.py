@@ -20,14 +20,6 @@ MODULE = sys.modules["eva_kernels.ops.eigh"]  # the package may export a functio
 WIDTHS = [1, 2, 3, 7, 16, 33, 64, 128]
 
 
-@pytest.fixture(params=["native", "torch"])
-def backend(request: pytest.FixtureRequest, device: torch.device) -> str:
-    if request.param == "native" and (reason := _native.unavailable_reason(device.type)):
-        # tests/packaging builds the C++ module, so a broken build fails there.
-        pytest.skip(reason)
-    return request.param
-
-
 needs_module = pytest.mark.skipif(
     _native.unavailable_reason("cpu") is not None, reason="the C++ module is not built"
 )
