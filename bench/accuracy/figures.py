@@ -37,7 +37,9 @@ def plot_lost_vs_time(groups: Sequence[Group], labels: Mapping[str, str]) -> Fig
     columns = min(3, len(panels))
     num_rows = math.ceil(len(panels) / columns)
     axes = figure.subplots(num_rows, columns, sharey=True, squeeze=False).flatten()
-    floor = _exact_level(p["lost"] for row in panels for p in _last_points(row))
+    floor = _exact_level(
+        method["points"][-1]["lost"] for row in panels for method in row["methods"].values()
+    )
     styles = _styles(labels)
     for ax, row in zip(axes, panels, strict=False):
         sketch_points = []
@@ -49,7 +51,7 @@ def plot_lost_vs_time(groups: Sequence[Group], labels: Mapping[str, str]) -> Fig
                 sketch_points.append((ms, lost))
         if sketch_points:
             ax.plot(*zip(*sketch_points, strict=True), color=_BLUES[2], linewidth=0.8, zorder=2)
-        ax.set_title(_panel_title(row), fontsize=8)
+        ax.set_title(f"{row['input']} (D = {row['features']})", fontsize=8)
         _set_log_log(ax)
         _set_plain_ticks(ax, [method["ms"]["median"] for method in row["methods"].values()])
     for ax in axes[len(panels) :]:
@@ -116,10 +118,6 @@ def _panel_rows(groups: Sequence[Group]) -> list[Mapping[str, Any]]:
     return [*groups[0].rows[: MAX_PANELS - len(others)], *others]
 
 
-def _panel_title(row: Mapping[str, Any]) -> str:
-    return f"{row['input']} (D = {row['features']})"
-
-
 def _styles(labels: Mapping[str, str]) -> dict[str, tuple[str, str]]:
     sketches = [name for name in labels if name not in _STYLES]
     blues = {
@@ -127,10 +125,6 @@ def _styles(labels: Mapping[str, str]) -> dict[str, tuple[str, str]]:
         for i, name in enumerate(sketches)
     }
     return {**_STYLES, **blues}
-
-
-def _last_points(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [method["points"][-1] for method in row["methods"].values()]
 
 
 def _exact_level(values: Iterable[float]) -> float:
@@ -148,13 +142,10 @@ def _mark_exact_level(
         return
     for ax in axes:
         ax.axhline(floor, color="#999999", linewidth=0.8, linestyle=":", zorder=1)
-        ticks = [10.0**e for e in range(round(math.log10(floor)) + 1, 1, 2)]
-        ax.set_yticks([floor, *ticks], ["exact", *(f"$10^{{{_exponent(t)}}}$" for t in ticks)])
+        exponents = range(round(math.log10(floor)) + 1, 1, 2)
+        ticks, labels = [10.0**e for e in exponents], [f"$10^{{{e}}}$" for e in exponents]
+        ax.set_yticks([floor, *ticks], ["exact", *labels])
         ax.set_ylim(floor / 2.5, None)
-
-
-def _exponent(value: float) -> int:
-    return round(math.log10(value))
 
 
 def _set_log_log(ax: Axes) -> None:

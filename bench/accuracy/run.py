@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def measure(
     results: dict[str, dict[str, Any]] = {name: {"points": []} for name in methods}
     # numpy's BLAS gets as many threads as torch, whatever the environment says
     with torch.no_grad(), threadpool_limits(torch.get_num_threads(), user_api="blas"):
-        for step, x in enumerate(_prepend(first, tokens_by_step), 1):
+        for step, x in enumerate(chain([first], tokens_by_step), 1):
             exact.add(x)
             for name in _shuffled(list(running), step):
                 seconds[name].append(_step_seconds(running[name], x))
@@ -142,11 +143,6 @@ def compare(answer: Answer, truth: Truth) -> dict[str, Any]:
     last_ratio = float(truth.ratios[-1])
     error = float(answer.ratios[-1]) / last_ratio - 1 if last_ratio > 0 else None
     return {"lost": lost, "ratio_error": error, "ratios": answer.ratios.tolist()}
-
-
-def _prepend(first: Tensor, rest: Iterable[Tensor]) -> Iterable[Tensor]:
-    yield first
-    yield from rest
 
 
 def _shuffled(names: Sequence[str], step: int) -> list[str]:
