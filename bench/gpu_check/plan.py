@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 __all__ = [
     "ON_REQUEST",
-    "RESERVED_SECONDS",
     "STAGES",
     "TOTAL_SECONDS",
     "Stage",
@@ -61,7 +60,6 @@ STAGES = (
     Stage("tune", 60.0, 60.0, on_request=True),
     Stage("corda", 80.0, 240.0, on_request=True),
 )
-RESERVED_SECONDS = {stage.name: stage.reserved_seconds for stage in STAGES}
 ON_REQUEST = tuple(stage.name for stage in STAGES if stage.on_request)
 
 
