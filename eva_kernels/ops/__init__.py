@@ -11,7 +11,6 @@ from ._dispatch import (
     PRECISIONS,
     check_precision,
     check_tokens,
-    choose_backend,
     triton_unavailable,
 )
 from .convergence import convergence
@@ -30,7 +29,6 @@ __all__ = [
     "backend_report",
     "check_precision",
     "check_tokens",
-    "choose_backend",
     "convergence",
     "eigh",
     "fold_layers",
