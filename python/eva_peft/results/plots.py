@@ -91,12 +91,8 @@ def plot_result(result: EvaResult) -> Figure:
 def save_result_plot(result: EvaResult, path: str | os.PathLike[str]) -> None:
     """Write `plot_result` to a file in the format of its suffix; its folder is created.
 
-    Args:
-        result: a finished calibration.
-        path: ends in `.png` or `.svg`.
-
     Raises:
-        EvaValueError: another suffix.
+        EvaValueError: a suffix other than `.png` and `.svg`.
         ImportError: matplotlib is not installed.
     """
     suffix = Path(path).suffix.lower()
@@ -305,14 +301,7 @@ def _tau(result: EvaResult) -> float | None:
 
 
 def phase_seconds(result: EvaResult) -> dict[str, float]:
-    """Return the seconds of each phase in order, and as `other` the rest of the total.
-
-    Args:
-        result: a finished calibration.
-
-    Returns:
-        Phase name to seconds, without the total.
-    """
+    """Return the seconds of each phase in order, and as `other` the rest of the total."""
     phases = {name: float(s) for name, s in result.seconds.items() if name != "total"}
     other = result.seconds["total"] - sum(phases.values())
     if other > 0:
@@ -321,14 +310,7 @@ def phase_seconds(result: EvaResult) -> dict[str, float]:
 
 
 def format_bytes(count: float) -> str:
-    """Format a number of bytes with a binary unit.
-
-    Args:
-        count: bytes.
-
-    Returns:
-        For instance "1.5 GiB".
-    """
+    """Format a number of bytes with a binary unit, for instance as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -376,10 +358,7 @@ def new_figure(size: tuple[float, float], alt: str) -> Figure:
 
 
 def require_matplotlib() -> Callable[..., Figure]:
-    """Import matplotlib's `Figure`, or say how to install it.
-
-    Returns:
-        The class.
+    """Return matplotlib's `Figure`, imported on first use.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -64,9 +64,6 @@ def render_html(title: str, sections: list[tuple[str, str]]) -> str:
     Args:
         title: plain text; escaped here.
         sections: (heading, body) pairs; headings are plain text, bodies are HTML and taken as is.
-
-    Returns:
-        The whole document.
     """
     links = "".join(
         f'<a href="#s{i}">{escape(heading)}</a>' for i, (heading, _) in enumerate(sections)
@@ -84,11 +81,7 @@ def render_html(title: str, sections: list[tuple[str, str]]) -> str:
 
 
 def figure_to_html(fig: Figure) -> str:
-    """Embed a matplotlib figure, whose label is the alternative text, as an SVG image.
-
-    Returns:
-        An `img` element whose source is a data URI.
-    """
+    """Return a figure, whose label is the alternative text, as an `img` element with its data."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -145,9 +138,6 @@ def table_to_html(headers: Sequence[object], rows: Iterable[Sequence[object]]) -
 def result_sections(result: EvaResult) -> list[tuple[str, str]]:
     """Describe a calibration in sections for `render_html`.
 
-    Args:
-        result: a finished calibration.
-
     Returns:
         (heading, HTML) pairs: summary, four figures, per-layer table, metadata. If matplotlib is
         missing, a sentence that says so replaces each figure.
@@ -164,12 +154,7 @@ def result_sections(result: EvaResult) -> list[tuple[str, str]]:
 
 
 def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
-    """Write the report of a calibration as one HTML file.
-
-    Args:
-        result: a finished calibration.
-        path: output file; its folder is created, and an existing file is replaced.
-    """
+    """Write the report of a calibration as one HTML file, whose folder is created."""
     title = f"EVA initialisation of {result.metadata.get('model') or 'a model'}"
     page = render_html(title, result_sections(result))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -178,15 +163,7 @@ def write_html(result: EvaResult, path: str | os.PathLike[str]) -> None:
 
 
 def explained_by_rank(result: EvaResult, name: str) -> float:
-    """Sum the explained-variance ratios of the components that a layer's rank keeps.
-
-    Args:
-        result: a finished calibration.
-        name: a layer.
-
-    Returns:
-        A share between 0 and 1.
-    """
+    """Return the share of a layer's variance that the components within its rank explain."""
     ratios = np.asarray(result.explained_variance_ratio[name], dtype=float)
     return float(ratios[: result.ranks[name]].sum())
 
