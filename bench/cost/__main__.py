@@ -16,6 +16,8 @@ import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 
+from eva_peft.errors import first_line
+
 from ..common import synchronized_now
 from ..meter import Meter
 from ..methods import METHODS, Batch, Method, after_step, lora_layers, rank_of
@@ -150,8 +152,7 @@ def _reload_difference(model: PeftModel, fresh: nn.Module, ids: Tensor) -> dict[
             model.save_pretrained(folder)
             reloaded = PeftModel.from_pretrained(fresh, folder).eval()
         except Exception as error:  # the failure is the result
-            text = str(error).strip().splitlines()[0][:120]
-            return {"reload_error": f"{type(error).__name__}: {text}"}
+            return {"reload_error": f"{type(error).__name__}: {first_line(error)[:120]}"}
         logits = reloaded(input_ids=ids, use_cache=False).logits
     return {"reload_difference": float((logits - expected).abs().max())}
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,6 +85,13 @@ def test_method_limited_to_one_sample_has_one_row(tmp_path: Path) -> None:
     assert (row["batch"], row["tokens"], row["ranks"]) == (1, 256, 28)
     assert row["weights_changed"] > 0
     assert "eigens" in row["reload_error"]
+
+
+def test_failed_reload_without_a_message_is_kept() -> None:
+    adapted = Mock()
+    adapted.save_pretrained.side_effect = ValueError
+    found = measuring._reload_difference(adapted, Mock(), torch.zeros(1, 2))
+    assert found == {"reload_error": "ValueError: ValueError"}
 
 
 def test_failing_method_keeps_a_row_with_its_error(
