@@ -242,17 +242,6 @@ def test_explicit_native_raises_on_a_device_without_it() -> None:
         convergence([meta], [meta], [1], 0.5, backend="native")
 
 
-@pytest.fixture
-def without_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    caches = (_native._module_or_reason, _native.load_or_none)
-    monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
-    for cache in caches:
-        cache.cache_clear()
-    yield
-    for cache in caches:
-        cache.cache_clear()
-
-
 @pytest.mark.usefixtures("without_modules")
 def test_auto_falls_back_and_logs_once(caplog: pytest.LogCaptureFixture) -> None:
     u, v = torch.randn(2, 3, 10)

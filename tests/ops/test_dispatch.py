@@ -6,7 +6,6 @@ import importlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,17 +88,6 @@ def test_reasons_why_triton_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_backend_raises() -> None:
     with pytest.raises(EvaValueError, match="backend='cuda' is unknown"):
         _dispatch.choose_backend("sketch", "cuda", TOKENS, torch.float32)
-
-
-@pytest.fixture
-def no_cached_modules() -> Iterator[None]:
-    """Clear the caches of loaded modules before and after the test."""
-    kept = _native._module_or_reason, _native.load_or_none
-    for function in kept:
-        function.cache_clear()
-    yield
-    for function in kept:
-        function.cache_clear()
 
 
 # Architectures of the module, capabilities of the GPUs, and the expected message.

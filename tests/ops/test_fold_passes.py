@@ -407,9 +407,7 @@ def test_bad_input_of_rows(name: str, value: Tensor, error: type) -> None:
             fold_prepare(layers, given["numbers"])
 
 
-def test_missing_native_module_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_native, "MODULES", {"cpu": "eva_kernels._absent"})
-    _native._module_or_reason.cache_clear()
+@pytest.mark.usefixtures("without_modules")
+def test_missing_native_module_raises() -> None:
     with pytest.raises(EvaRuntimeError, match=r"backend='native' cannot run.*_absent"):
         fold_layers(*_bad())
-    _native._module_or_reason.cache_clear()
