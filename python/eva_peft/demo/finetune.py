@@ -182,21 +182,18 @@ def compare_starts(
     Returns:
         Name -> losses over steps and seeds.
     """
-    runs: dict[str, list[list[float]]] = {name: [] for name in starts}
-    shape: dict[str, tuple[list[int], int, int]] = {}
+    curves: dict[str, Curve] = {}
     for seed in range(seeds):
         for name, start in starts.items():
             if progress is not None:
                 progress(f"fine-tuning, {name}, seed {seed + 1} of {seeds}")
             model = start(copy.deepcopy(base), seed)
             steps, losses = finetune(model, train, held_out, recipe, seed)
-            runs[name].append(losses)
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            shape[name] = (steps, trained, sum(len(a) for a in lora_a_weights(model).values()))
-    return {
-        name: Curve(steps=shape[name][0], runs=runs[name], parameters=shape[name][1], rank=rank)
-        for name, (_, _, rank) in shape.items()
-    }
+            rank = sum(len(a) for a in lora_a_weights(model).values())
+            earlier_runs = curves[name].runs if name in curves else []
+            curves[name] = Curve(steps, [*earlier_runs, losses], trained, rank)
+    return curves
 
 
 def describe(curves: dict[str, Curve]) -> dict[str, Any]:
