@@ -23,17 +23,24 @@ def without_autocast(function: Callable[P, T]) -> Callable[P, T]:
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
         if not torch._C._is_any_autocast_enabled():
             return function(*args, **kwargs)
-        # The accelerator type of this torch build or of a plug-in. Checking that a device is
-        # present would be slow, and does not matter here.
-        accelerator = torch.accelerator.current_accelerator()
-        extra_kinds = set() if accelerator is None else {accelerator.type}
-        active_kinds = [kind for kind in _DEVICES | extra_kinds if torch.is_autocast_enabled(kind)]
+        kinds = _DEVICES | _accelerator_kinds()
+        active_kinds = [kind for kind in kinds if torch.is_autocast_enabled(kind)]
         with ExitStack() as stack:
             for kind in active_kinds:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             return function(*args, **kwargs)
 
     return run
+
+
+def _accelerator_kinds() -> set[str]:
+    """Return the accelerator type of this torch build or of a plug-in, if it has one."""
+    try:
+        # checking that a device is present would be slow, and does not matter here
+        accelerator = torch.accelerator.current_accelerator()
+    except RuntimeError:  # of torch 2.6, where there is none
+        return set()
+    return set() if accelerator is None else {accelerator.type}
 
 
 def without_subclass(x: Tensor) -> Tensor:

@@ -128,3 +128,15 @@ def test_autocast_of_an_unknown_accelerator_is_disabled(monkeypatch: pytest.Monk
     with torch.autocast("hpu", dtype=torch.bfloat16):
         assert not enabled()
         assert torch._C._is_any_autocast_enabled()
+
+
+def test_autocast_is_disabled_where_torch_raises_for_want_of_an_accelerator(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def none_available() -> torch.device:
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", none_available)
+    enabled = without_autocast(torch._C._is_any_autocast_enabled)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not enabled()
