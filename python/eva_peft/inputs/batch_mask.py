@@ -119,8 +119,8 @@ def warn_of_counted_padding(
         warned.add("counted padding")
         warn(
             "many sounds begin or end in silence, which counts, since no attention_mask hides it. "
-            "If it is padding, let the loader yield an attention_mask that is 0 there, as feature "
-            "extractors do with return_attention_mask=True"
+            "If it is padding, let the loader of this pass yield an attention_mask that is 0 "
+            "there, as feature extractors do with return_attention_mask=True"
         )
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else first
