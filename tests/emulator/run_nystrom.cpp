@@ -171,6 +171,11 @@ void run_on_device(Problem& problem, int goal, bool in_shared, unsigned seed) {
       in_shared ? nystrom_kernel<true> : nystrom_kernel<false>,
       static_cast<unsigned>(problem.layers.size()), eigh_threads(width), args, seed,
       static_cast<int>(sizeof(double)) * eigh_shared_size(width, in_shared));
+  for (size_t i = 0; goal == kNystromSolve && i < problem.layers.size(); ++i) {
+    // On a device all layers run at once: each must have a part of its own.
+    if (problem.layers[i].name.rfind("NaN", 0) == 0) continue;
+    require(!std::isnan(scratch[i * kNystromScratch * width * width]), "scratch of another layer");
+  }
 }
 
 // Compares the leading rows, whose values are well separated, up to sign.

@@ -62,6 +62,7 @@ MUTATIONS = {
     "trace ignored": ("sum > (1.0 + kNystromExcess) * args.trace[layer]", "false"),
     "sum of a part": ("  sum = over_block(sum, Sum());\n  return sum", "  return sum"),
     "trace of another layer": ("args.trace[layer]", "args.trace[0]"),
+    "scratch of another layer": ("layer * kNystromScratch * size", "kNystromScratch * size"),
     "noise stays": ("nystrom_noise(retry)", "nystrom_noise(0)"),
     "more noise than needed": ("int retry = 0;; ++retry", "int retry = 1;; ++retry"),
     "a floor kept that does not help": ("retry == kNystromTries", "retry == kNystromTries - 1"),
