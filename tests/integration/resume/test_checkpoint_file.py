@@ -166,8 +166,11 @@ def test_weight_without_elements_is_not_sampled(monkeypatch: pytest.MonkeyPatch)
     """As of a sharded model; a modulo by its size is an error on a CPU only."""
     size = Tensor.__mod__
     monkeypatch.setattr(Tensor, "__mod__", lambda x, n: size(x, n.clamp_min(1)))
-    assert _sample_elements(torch.empty(0)) is None
-    assert _sample_elements(torch.full((2, 3), 4.0)) == [4.0] * SAMPLED_ELEMENTS
+    layer = nn.Module()
+    layer.weight = torch.empty(0)
+    assert _sample_elements(layer) is None
+    layer.weight = torch.full((2, 3), 4.0)
+    assert _sample_elements(layer) == [4.0] * SAMPLED_ELEMENTS
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.6, 0.999])
