@@ -293,11 +293,13 @@ def raise_if_not_taken(
 
 
 def _misfit_of(mask: Any, ids: Tensor) -> str:
-    """Return what an attention mask is, if it is none of tokens, nor of pairs or of each kind."""
+    """Return the type or shape of a mask that is not of the tokens; of 4 axes it is of pairs."""
     if isinstance(mask, (list, tuple)):
         return f"type {type(mask).__name__}"
-    is_other = isinstance(mask, Tensor) and mask.dim() < 4 and mask.shape != ids.shape
-    return f"shape {tuple(mask.shape)}" if is_other else ""
+    if not isinstance(mask, Tensor) or mask.dim() > 3:
+        return ""
+    fits = mask.shape in (ids.shape, ids.shape[:2])  # a token may have an id in each codebook
+    return "" if fits else f"shape {tuple(mask.shape)}"
 
 
 def raise_if_nested(batch: Any, model: nn.Module) -> None:

@@ -299,7 +299,7 @@ def without_padding(
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":
         return [batch]
-    if isinstance(ids, Tensor) and ids.shape != mask.shape:
+    if isinstance(ids, Tensor) and ids.shape[:2] != mask.shape:
         return [batch]  # cut, the mask might become one of ones, which a model ignores
     samples, columns = mask.shape
     splits = split_by_length

@@ -62,6 +62,8 @@ def test_errors_are_explained_where_the_mask_does_not_fit_the_token_ids() -> Non
         message = rf"an attention_mask of {what}, for input_ids of shape \(2, 4\) .*it failed with"
         with pytest.raises(EvaTypeError, match=message):
             run(make_llama(), [{"input_ids": IDS, "attention_mask": mask}], lora())
+    by_codebook = {"input_ids": IDS[..., None].expand(2, 4, 3), "attention_mask": MASK}
+    raise_if_not_taken(by_codebook, by_codebook, make_llama(), IndexError("of another cause"))
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)

@@ -26,6 +26,7 @@ def batch_of(lengths: list[int], columns: int) -> dict[str, Tensor]:
 EXTRA_ENTRIES: dict[str, tuple[str, Tensor, bool]] = {
     "labels": ("labels", torch.ones(2, COLUMNS), True),
     "embeddings": ("inputs_embeds", torch.ones(2, COLUMNS, 2 * COLUMNS), True),
+    "ids of several codebooks": ("input_ids", torch.ones(2, COLUMNS, 4), True),
     "images": ("pixel_values", torch.ones(2, 3, 2 * COLUMNS), True),
     "images of another count": ("pixel_values", torch.ones(3, 3, 5), False),
     "integers": ("kinds", torch.ones(2, 3, 2 * COLUMNS, dtype=torch.long), True),
@@ -43,8 +44,8 @@ def test_extra_entries_decide_whether_text_is_trimmed(case: str) -> None:
     batch = {**batch_of([3, LONGEST], COLUMNS), key: value}
     (found,) = without_padding(batch, CPU)
     assert (found is batch) == (not cut)
-    assert found["input_ids"].shape == (2, LONGEST if cut else COLUMNS)
-    per_token = cut and key in ("labels", "inputs_embeds")
+    assert found["attention_mask"].shape == (2, LONGEST if cut else COLUMNS)
+    per_token = cut and key in ("labels", "inputs_embeds", "input_ids")
     assert found[key].equal(value[:, :LONGEST] if per_token else value)
 
 
