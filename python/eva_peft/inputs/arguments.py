@@ -83,7 +83,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
         return batch
     if targets and isinstance(batch[0], Tensor) and _are_samples(batch[0], targets, config):
         raise _samples_error()
-    if targets and _is_single_image(batch[0], base):
+    if targets and all(_is_single_image(part, base) for part in batch):
         raise EvaTypeError(
             "a batch is a list of images of different sizes, of which the model would take the "
             "first; let the loader bring them to one size and stack them, or pass forward_fn to "
@@ -151,12 +151,12 @@ def _are_samples(inputs: Any, targets: Sequence[Any], config: Any) -> bool:
     return len(targets) > 1 or (decoder and unequal)
 
 
-def _is_single_image(inputs: Any, base: nn.Module) -> bool:
-    """Tell whether the input of a convolutional network is an image, (C, H, W), not several."""
-    if not isinstance(inputs, Tensor) or inputs.dim() != 3 or len(inputs) == 1:
+def _is_single_image(part: Any, base: nn.Module) -> bool:
+    """Tell whether a part may be an image, (C, H, W), for a convolutional network, not several."""
+    if not isinstance(part, Tensor) or part.dim() != 3 or len(part) == 1:
         return False
     first = next((module for module in base.modules() if isinstance(module, nn.Conv2d)), None)
-    return first is not None and first.in_channels == len(inputs)
+    return first is not None and first.in_channels == len(part)
 
 
 def _samples_error() -> EvaTypeError:

@@ -96,6 +96,8 @@ def test_images_of_different_sizes_are_refused() -> None:
     with pytest.raises(EvaTypeError, match=r"images of different sizes.*forward_fn"):
         run(model, [images], config)
     run(model, [(torch.stack(images[:1] * 3), torch.zeros(3, 2, 5))] * 2, config)  # and boxes
+    of_rows = nn.Sequential(nn.Unflatten(2, (4, 2)), nn.Conv2d(3, 4, 1))  # makes images of them
+    run(of_rows, [(torch.randn(3, 3, 8), torch.zeros(3))] * 2, lora(target_modules=["1"]))
 
 
 def test_token_types_in_the_place_of_the_mask_are_refused() -> None:
