@@ -129,7 +129,7 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter] | None:
 def _is_target(part: Any, inputs: Any) -> bool:
     """Tell whether a tensor is a target for the samples of another, and not another sample."""
     if isinstance(inputs, PackedSequence):
-        return isinstance(part, Tensor) and len(part) == inputs.batch_sizes[0]
+        return isinstance(part, Tensor)  # another sample would be packed, too
     both_tensors = isinstance(part, Tensor) and isinstance(inputs, Tensor)
     if not both_tensors or part.shape[:1] != inputs.shape[:1]:
         return False

@@ -69,7 +69,11 @@ def test_lengths_mask_padding(how: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-@pytest.mark.parametrize("how", ["batch", "with target", "by name", "packed by the model"])
+TARGETS = {"with target": torch.zeros(3), "with a target of every token": torch.zeros(7 + 4 + 2)}
+TARGETS["with a loss weight"] = torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("how", ["batch", "by name", "packed by the model", *TARGETS])
 def test_a_packed_sequence_masks_the_padding_that_a_model_gives_it(how: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -90,7 +94,7 @@ def test_a_packed_sequence_masks_the_padding_that_a_model_gives_it(how: str) -> 
     data: list[Any] = drawn if how == "packed by the model" else [pack(x) for x in drawn]
     x = layer_inputs(model, [{"x": packed} for packed in data], ["behind"], masked=False)["behind"]
     data = [{"x": packed} for packed in data] if how == "by name" else data
-    data = [(packed, torch.zeros(3)) for packed in data] if how == "with target" else data
+    data = [(packed, TARGETS[how]) for packed in data] if how in TARGETS else data
     result = run(model, data, lora(tau=1.0, target_modules=["behind"]), **EXACT)
     assert lost(result.components["behind"], x[KEPT[[1, 0, 2]].flatten().repeat(4)]) < 1e-6
 
