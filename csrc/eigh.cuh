@@ -175,7 +175,7 @@ __device__ __forceinline__ void fix_signs(const EighBlock& block) {
   for (int j = threadIdx.x / kLanes; j < block.width; j += blockDim.x / kLanes) {
     double* row = block.vectors + j * block.width;
     int peak = lane;
-    double value = 0.0;  // there: read again it would race with the lane that changes its sign
+    double value = 0.0;  // at the peak; reading it there again would race with its sign change
     for (int i = lane; i < block.width; i += kLanes) {
       if (fabs(row[i]) > fabs(value)) {
         peak = i;
