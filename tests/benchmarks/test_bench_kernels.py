@@ -207,6 +207,9 @@ def test_wrong_fold_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     row = fold.measure(CPU, small=True)
     assert row["status"] == "incorrect"
     assert "wall_ms" not in row
+    last = fold.SMALL_WIDTHS[-1][0]
+    monkeypatch.setattr(fold, "lost_variance", lambda s, x: torch.nan if s.features == last else 0)
+    assert fold.measure(CPU, small=True)["reason"] == "lost variance nan"
 
 
 def test_end_to_end_measurement_order_and_ratios() -> None:
