@@ -55,4 +55,6 @@ def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
         skip_without_thread_sanitizer()
         flags = RACES
     csrc = with_bug(tmp_path, "block.cuh", *MUTATIONS[name])
-    assert compile_and_run("run_block.cpp", tmp_path, *flags, csrc=csrc).returncode != 0
+    done = compile_and_run("run_block.cpp", tmp_path, *flags, csrc=csrc)
+    assert done.returncode != 0
+    assert flags != RACES or "data race" in done.stderr

@@ -122,3 +122,4 @@ def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
         "run_eigh.cpp", tmp_path, *flags, csrc=with_bug(tmp_path, *MUTATIONS[name]), small=True
     )
     assert done.returncode != 0
+    assert flags != RACES or "data race" in done.stderr
