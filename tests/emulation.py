@@ -17,12 +17,19 @@ CXX = shutil.which("g++") or shutil.which("c++") or "c++"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 RACES = ["-g", "-O1", "-fsanitize=thread"]
+# How a program is compiled to check its results under several schedules, or the threads' accesses.
+CHECKS = {"results": ["-O1", *WARNINGS], "memory": SANITIZERS, "races": RACES}
 
 
 def compile_and_run(
     source: str, folder: Path, *flags: str, csrc: Path = CSRC, small: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Build a program in a folder and run it; ``small`` skips slow parts."""
+    """Build a program in a folder and run it; ``small`` skips slow parts.
+
+    A test that looks for races is skipped where none can be found.
+    """
+    if RACES[-1] in flags and not _can_find_races():
+        pytest.skip("programs compiled with -fsanitize=thread do not run here")
     program = folder / "program"
     command = [CXX, "-std=c++17", *flags, f"-I{csrc}", str(PROGRAMS / source), "-o", str(program)]
     subprocess.run(command, check=True)
@@ -43,10 +50,32 @@ def _can_find_races() -> bool:
     return True
 
 
-def skip_without_thread_sanitizer() -> None:
-    """Skip a test that looks for races where none can be found."""
-    if not _can_find_races():
-        pytest.skip("programs compiled with -fsanitize=thread do not run here")
+def assert_sound(source: str, folder: Path, check: str) -> None:
+    """Require that a program finds no fault, and neither does a sanitizer; see :data:`CHECKS`."""
+    done = compile_and_run(source, folder, *CHECKS[check], small=check != "results")
+    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+
+
+def assert_detected(
+    source: str,
+    folder: Path,
+    bug: tuple[str, str, str],
+    *,
+    memory: bool = False,
+    race: bool = False,
+) -> None:
+    """Require that a program fails with a bug in csrc.
+
+    Args:
+        source: of the program.
+        folder: for what is built.
+        bug: file, text, and the text with the bug.
+        memory, race: it is found only by the sanitizer of memory, or of races.
+    """
+    flags = SANITIZERS if memory else RACES if race else ["-w"]
+    done = compile_and_run(source, folder, *flags, csrc=with_bug(folder, *bug), small=True)
+    assert done.returncode != 0
+    assert not race or "data race" in done.stderr
 
 
 def with_bug(folder: Path, file: str, text: str, bug: str) -> Path:

@@ -4,30 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from emulation import (
-    RACES,
-    SANITIZERS,
-    WARNINGS,
-    compile_and_run,
-    skip_without_thread_sanitizer,
-    with_bug,
-)
+from emulation import CHECKS, assert_detected, assert_sound
 
 
-def test_reductions_agree_under_every_schedule(tmp_path: Path) -> None:
-    done = compile_and_run("run_block.cpp", tmp_path, "-O1", *WARNINGS)
-    assert (done.returncode, done.stdout) == (0, "all agree\n")
-
-
-def test_reductions_stay_within_their_memory(tmp_path: Path) -> None:
-    done = compile_and_run("run_block.cpp", tmp_path, *SANITIZERS)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
-
-
-def test_threads_do_not_race(tmp_path: Path) -> None:
-    skip_without_thread_sanitizer()
-    done = compile_and_run("run_block.cpp", tmp_path, *RACES)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+@pytest.mark.parametrize("check", CHECKS)
+def test_reductions_are_sound(check: str, tmp_path: Path) -> None:
+    assert_sound("run_block.cpp", tmp_path, check)
 
 
 # Plausible bugs: original text, text with the bug.
@@ -50,11 +32,6 @@ ONLY_FOUND_AS_RACES = {"sums of warps overwritten while they are read"}
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
-    flags = ["-w"]
-    if name in ONLY_FOUND_AS_RACES:
-        skip_without_thread_sanitizer()
-        flags = RACES
-    csrc = with_bug(tmp_path, "block.cuh", *MUTATIONS[name])
-    done = compile_and_run("run_block.cpp", tmp_path, *flags, csrc=csrc)
-    assert done.returncode != 0
-    assert flags != RACES or "data race" in done.stderr
+    assert_detected(
+        "run_block.cpp", tmp_path, ("block.cuh", *MUTATIONS[name]), race=name in ONLY_FOUND_AS_RACES
+    )

@@ -4,30 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from emulation import (
-    RACES,
-    SANITIZERS,
-    WARNINGS,
-    compile_and_run,
-    skip_without_thread_sanitizer,
-    with_bug,
-)
+from emulation import CHECKS, RACES, WARNINGS, assert_detected, assert_sound, compile_and_run
 
 
-def test_kernel_agrees_under_every_schedule(tmp_path: Path) -> None:
-    done = compile_and_run("run_convergence.cpp", tmp_path, "-O1", *WARNINGS)
-    assert (done.returncode, done.stdout) == (0, "all agree\n")
-
-
-def test_kernel_stays_within_its_memory(tmp_path: Path) -> None:
-    done = compile_and_run("run_convergence.cpp", tmp_path, *SANITIZERS)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
-
-
-def test_threads_do_not_race(tmp_path: Path) -> None:
-    skip_without_thread_sanitizer()
-    done = compile_and_run("run_convergence.cpp", tmp_path, *RACES)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernel_is_sound(check: str, tmp_path: Path) -> None:
+    assert_sound("run_convergence.cpp", tmp_path, check)
 
 
 # Plausible bugs: file, original text, text with the bug.
@@ -83,15 +65,12 @@ ONLY_FOUND_BY_SANITIZERS = {"alignment of one side only", "tail read too far"}
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_planted_bug_is_detected(name: str, tmp_path: Path) -> None:
-    flags = SANITIZERS if name in ONLY_FOUND_BY_SANITIZERS else ["-w"]
-    done = compile_and_run(
-        "run_convergence.cpp", tmp_path, *flags, csrc=with_bug(tmp_path, *MUTATIONS[name])
+    assert_detected(
+        "run_convergence.cpp", tmp_path, MUTATIONS[name], memory=name in ONLY_FOUND_BY_SANITIZERS
     )
-    assert done.returncode != 0
 
 
 def test_emulator_reports_races(tmp_path: Path) -> None:
-    skip_without_thread_sanitizer()
     done = compile_and_run("self_test.cpp", tmp_path, *RACES, small=True)
     assert done.returncode != 0
     assert "data race" in done.stderr

@@ -4,30 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from emulation import (
-    RACES,
-    SANITIZERS,
-    WARNINGS,
-    compile_and_run,
-    skip_without_thread_sanitizer,
-    with_bug,
-)
+from emulation import CHECKS, assert_detected, assert_sound
 
 
-def test_kernels_agree_under_every_schedule(tmp_path: Path) -> None:
-    done = compile_and_run("run_fold.cpp", tmp_path, "-O1", *WARNINGS)
-    assert (done.returncode, done.stdout) == (0, "all agree\n")
-
-
-def test_kernels_stay_within_their_memory(tmp_path: Path) -> None:
-    done = compile_and_run("run_fold.cpp", tmp_path, *SANITIZERS, small=True)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
-
-
-def test_threads_do_not_race(tmp_path: Path) -> None:
-    skip_without_thread_sanitizer()
-    done = compile_and_run("run_fold.cpp", tmp_path, *RACES, small=True)
-    assert (done.returncode, done.stdout) == (0, "all agree\n"), done.stderr
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernels_are_sound(check: str, tmp_path: Path) -> None:
+    assert_sound("run_fold.cpp", tmp_path, check)
 
 
 # Plausible bugs: original text, text with the bug.
@@ -199,7 +181,5 @@ ONLY_FOUND_BY_SANITIZERS = {
     [(file, name) for file, mutations in MUTATIONS_BY_FILE.items() for name in mutations],
 )
 def test_planted_bug_is_detected(file: str, name: str, tmp_path: Path) -> None:
-    flags = SANITIZERS if name in ONLY_FOUND_BY_SANITIZERS else ["-w"]
-    csrc = with_bug(tmp_path, file, *MUTATIONS_BY_FILE[file][name])
-    done = compile_and_run("run_fold.cpp", tmp_path, *flags, csrc=csrc, small=True)
-    assert done.returncode != 0
+    bug = (file, *MUTATIONS_BY_FILE[file][name])
+    assert_detected("run_fold.cpp", tmp_path, bug, memory=name in ONLY_FOUND_BY_SANITIZERS)
