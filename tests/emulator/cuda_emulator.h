@@ -1,15 +1,18 @@
 // Runs device code on the CPU, functionally: the subset of CUDA that csrc/*.cuh uses, for tests.
 //
-// A CUDA thread is a fiber (ucontext). The fibers of a block share one OS thread and yield to each
-// other at barriers and warp shuffles; blocks run one after another, so `static` is memory shared
-// by a block. A seed shuffles the order of fibers and blocks, which exposes a missing barrier. A
-// round without progress of any fiber is reported as a deadlock, with what the fibers wait for.
-// Compiled with -fsanitize=thread, races between the threads of a block are reported (races.h): a
-// barrier orders what they do, a shuffle does not.
+// A CUDA thread is a fiber: begun by ucontext, and switched by jumps between stacks, which make no
+// system call, as those of QEMU's coroutines. _FORTIFY_SOURCE, which forbids them, must not be set.
+// The fibers of a block share one OS thread and yield to each other at barriers and warp shuffles;
+// blocks run one after another, so `static` is memory shared by a block. A seed shuffles the order
+// of fibers and blocks, which exposes a missing barrier. A round without progress of any fiber is
+// reported as a deadlock, with what the fibers wait for. Compiled with -fsanitize=thread, races
+// between the threads of a block are reported (races.h): a barrier orders what they do, a shuffle
+// does not.
 //
 // Not modelled: races between blocks, memory ordering of atomics, speed.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -53,10 +56,11 @@ constexpr int kProductValues = 3;          // values that a lane contributes to 
 constexpr size_t kStackBytes = 256 << 10;  // enough for AddressSanitizer's red zones
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it has given way
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   CheckedThread checked;
-  bool done = false;
+  bool started = false, done = false;
   const char* waits_for = "";
 };
 
@@ -79,7 +83,7 @@ struct Block {
   std::vector<Meeting> warps;
   std::vector<Fiber> fibers;
   std::vector<unsigned char> dynamic_shared;  // has the exact size, for AddressSanitizer
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   CheckedThread checked_scheduler = CheckedThread::running();
   char begun = 0, ended = 0;  // points for `publish` and `observe`
   uint64_t progress = 0;
@@ -95,12 +99,15 @@ inline Block*& block() {
 
 EVA_NOT_INSTRUMENTED inline void give_way(Block& b, Fiber& fiber) {
   b.checked_scheduler.enter();
-  swapcontext(&fiber.context, &b.scheduler);
+  if (_setjmp(fiber.place) == 0) _longjmp(b.scheduler, 1);
 }
 
 EVA_NOT_INSTRUMENTED inline void resume(Block& b, Fiber& fiber) {
   fiber.checked.enter();
-  swapcontext(&b.scheduler, &fiber.context);
+  if (_setjmp(b.scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
 }
 
 inline void open(Meeting& meeting) {
@@ -178,12 +185,12 @@ inline void run_block(Block& b, std::mt19937& random, bool shuffle) {
   b.warps.assign((threads + kWarp - 1) / kWarp, Meeting{});
   std::fill(b.dynamic_shared.begin(), b.dynamic_shared.end(), 0xff);  // NaN if read as float
   for (Fiber& fiber : b.fibers) {
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, fiber_main, 0);
+    fiber.started = fiber.done = false;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
   }
   std::vector<unsigned> order(threads);
   std::iota(order.begin(), order.end(), 0u);
