@@ -28,7 +28,9 @@ PACKAGES = ("eva_kernels", "eva_peft")
 NATIVE = ("convergence", "eigh", "fold", "nystrom", "start")  # each has a .cpp (CPU) and a .cu
 CUDA_SOURCES = [*(f"{name}.cu" for name in NATIVE), "launch.cu"]
 CXX_FLAGS = [] if os.name == "nt" else ["-O3", "-Wall", "-Wextra"]
-NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# --threads=0: the architectures are compiled at once, on as many cores as there are.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-lineinfo", "--threads=0"]
+NVCC_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def cuda_mode() -> str:
