@@ -30,11 +30,17 @@ def _centred_tiles(x: Tensor, pivot: Tensor, rows: Tensor | None) -> Iterator[Te
     """Yield x - p tile by tile, in one buffer that every tile overwrites."""
     count = len(x) if rows is None else len(rows)
     buffer = pivot.new_empty(min(count, TILE_ROWS), x.shape[1])
+    same_dtype = x.dtype == buffer.dtype
+    # memory that is new for every tile costs a page fault for each of its pages
+    gathered = buffer if same_dtype or rows is None else torch.empty_like(buffer, dtype=x.dtype)
     for begin in range(0, count, TILE_ROWS):
         end = min(begin + TILE_ROWS, count)
-        tile = x[begin:end] if rows is None else x.index_select(0, rows[begin:end])
+        if rows is None:
+            tile = x[begin:end]
+        else:
+            tile = torch.index_select(x, 0, rows[begin:end], out=gathered[: end - begin])
         centred = buffer[: end - begin]
-        if tile.dtype == centred.dtype:
+        if same_dtype:
             torch.sub(tile, pivot, out=centred)
         else:  # widened first: the difference of two 16-bit numbers would be rounded
             centred.copy_(tile).sub_(pivot)
