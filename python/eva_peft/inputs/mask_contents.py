@@ -11,6 +11,7 @@ __all__ = [
     "hides_where_true",
     "is_contiguous",
     "is_pairwise",
+    "is_true_at_padding",
     "kept_by_attention",
     "kept_by_padding",
     "mask_from_lengths",
@@ -68,6 +69,21 @@ def _sees_padding(pairs: Tensor, kept: Tensor, additive: bool) -> bool:
     column = pairs[samples, :, first_hidden].cpu()
     seen = column == 0 if additive else column == 1
     return bool((seen & kept & ~kept[samples, first_hidden, None]).any())
+
+
+def is_true_at_padding(mask: Tensor) -> bool:
+    """Tell whether a boolean mask, (B, T), is true at padding on the right, and not causal.
+
+    It is if every sample is false up to some token and true from there on, and one is false
+    throughout: read as a mask of kept tokens, it would keep nothing of that sample.
+    """
+    if mask.dtype != torch.bool or mask.dim() != 2 or mask.shape[1] == 0:
+        return False
+    mask = mask.cpu()
+    if mask.shape[0] == mask.shape[1] and not mask.tril().any():
+        return False  # as many samples as tokens, or pairwise
+    on_the_right = (mask[:, 1:] >= mask[:, :-1]).all() & ~mask[:, 0].any()
+    return bool(on_the_right & (~mask).all(1).any())
 
 
 def kept_by_padding(mask: Tensor) -> Tensor | None:

@@ -15,7 +15,7 @@ from ..model.architecture import configs_of
 from .arguments import PADDING_MASKS, is_decoder_input, positional_to_named
 from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
-from .mask_contents import kept_by_padding
+from .mask_contents import is_true_at_padding, kept_by_padding
 from .media_masks import is_image_key
 from .part_arguments import PADDING_MASK_SUFFIXES, TARGET_PREFIXES
 
@@ -138,6 +138,8 @@ def _padding(name: str, mask: Tensor) -> Tensor | None:
     if mask.dim() == 2 and name.endswith(PADDING_MASK_SUFFIXES):
         kept = kept_by_padding(mask)
         return None if kept is None else ~kept
+    if is_true_at_padding(mask):
+        return mask
     return mask == 0 if mask.dim() in (2, 3) and _is_binary(mask) else None
 
 

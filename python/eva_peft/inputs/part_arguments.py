@@ -14,6 +14,7 @@ from .batch_mask import split_joint_mask
 from .mask_contents import (
     is_contiguous,
     is_pairwise,
+    is_true_at_padding,
     kept_by_attention,
     kept_by_padding,
     mask_from_lengths,
@@ -237,6 +238,8 @@ def _kept_tokens(
 ) -> Tensor | None:
     if name.endswith(_LENGTH_SUFFIXES):
         return mask_from_lengths(mask.cpu(), shape, sizes)
+    if name in _GENERIC_MASKS and is_true_at_padding(mask):
+        return ~mask.cpu()
     unknown_pairs = mask.dim() > 2 and not _is_known_mask_name(name)
     if unknown_pairs and mask.is_floating_point() and not (mask < -1).any():
         return None  # not additive, so its numbers may mean anything

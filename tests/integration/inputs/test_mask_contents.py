@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eva_peft.inputs.mask_contents import kept_by_attention, kept_by_padding, mask_from_lengths
+from eva_peft.inputs.mask_contents import (
+    is_true_at_padding,
+    kept_by_attention,
+    kept_by_padding,
+    mask_from_lengths,
+)
 
 LOWER = torch.ones(3, 3).tril()  # causal, or three samples of one, two and three tokens
 SHORT = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 1]])
@@ -48,3 +53,25 @@ def test_numbers_other_than_shares_of_the_longest_are_no_lengths(
     lengths: list[float], shape: tuple[int, ...]
 ) -> None:
     assert mask_from_lengths(torch.tensor(lengths), shape, [*range(9)]) is None
+
+
+RIGHT = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(
+    ("mask", "answer"),
+    [
+        (RIGHT, True),
+        (RIGHT[:1], True),
+        (RIGHT[1:], False),  # or left padding, true of what is kept
+        (RIGHT.flip(1), False),  # or right padding, with a sample of padding alone
+        (1 - RIGHT, False),
+        (torch.ones(4, 4).triu(1), False),
+        (torch.tensor([[0, 0, 0], [0, 1, 0]]), False),  # tokens to be predicted, say
+        (torch.zeros(0, 4), False),
+        (torch.zeros(2, 0), False),
+    ],
+)
+def test_true_at_padding_is_told_from_true_elsewhere(mask: Tensor, answer: bool) -> None:
+    assert is_true_at_padding(mask.bool()) == answer
+    assert not is_true_at_padding(mask)

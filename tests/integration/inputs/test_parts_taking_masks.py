@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from eva_kernels import EvaValueError
+from eva_kernels import EvaValueError, check_padding
 from eva_peft.inputs.part_masks import parts_taking_masks
 from integration.conftest import (
     VOCABULARY,
@@ -388,3 +388,31 @@ def test_models_of_transformers_refuse_a_mask_that_they_would_read_the_other_way
         message = rf"is {how} where it hides .* the other way round; let the loader yield mask == 0"
         with pytest.raises(EvaValueError, match=message):
             run(make_llama(), [{"input_ids": ids, "attention_mask": mask}], config)
+
+
+class HidingModel(nn.Module):
+    """Passes its mask on as torch's transformers take it: true at padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.before, self.last = (
+            nn.Embedding(VOCABULARY, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.before(self.words(ids))
+        return self.last(self.encoder(x, src_key_padding_mask=mask))
+
+
+def test_mask_of_a_users_model_may_be_true_at_padding() -> None:
+    model, names = HidingModel().eval(), ["before", "linear1", "last"]
+    data = [{**batch, "mask": ~KEPT} for batch in batches()]
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
+    for layer in check_padding(model, data[0], lora(target_modules=names)).layers.values():
+        assert (layer.counted, layer.padding_counted) == (int(KEPT.sum()), 0)
