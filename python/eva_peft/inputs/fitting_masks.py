@@ -100,7 +100,9 @@ class BatchMasks:
             return [] if reads_no_text else [("qformer", self.qformer_mask)]
         if self.cross_masks and (layer.reads_encoder or (layer.reads_prompt and self.main is None)):
             return [(f"attended {i}", mask) for i, mask in enumerate(self.cross_masks)]
-        if self.multimodal and layer.reads_no_text and (self.has_media or not layer.in_projector):
+        # given neither sound nor images, a projector reads text, and a decoder makes the sound
+        reads_tokens = layer.in_projector or (self.encoder_decoder and layer.in_decoder)
+        if self.multimodal and layer.reads_no_text and (self.has_media or not reads_tokens):
             # text only if the other modality has a mask, too: the same layers of LXMERT's cross
             # attention read either
             return [] if self.non_text_mask is None else [("non-text", self.non_text_mask), main]

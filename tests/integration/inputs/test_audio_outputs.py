@@ -58,7 +58,7 @@ def test_speecht5_decoder_steps_are_masked_by_labels_or_mask(masked: bool) -> No
         batch["decoder_attention_mask"] = STEPS.long()
     batch["labels"] = labels if masked else labels.masked_fill(~STEPS[..., None], -100)
     names = ["speecht5.decoder.prenet.layers.0", "speecht5.decoder.wrapped_decoder.layers.0."
-             "feed_forward.intermediate_dense"]  # fmt: skip
+             "feed_forward.intermediate_dense", "speech_decoder_postnet.feat_out"]  # fmt: skip
     result = run(model, iter([batch]), lora(target_modules=names, tau=1.0), method="gram")
     inputs: dict[str, Tensor] = {}
     for name in names:
