@@ -36,6 +36,7 @@ __all__ = [
     "raise_if_nested",
     "raise_if_not_taken",
     "takes_whole_mapping",
+    "token_labels_of",
     "without_labels",
     "without_string_columns",
 ]
@@ -57,9 +58,9 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def positional_to_named(batch: Any, model: nn.Module) -> Any:
     """Return positional arguments of a model as a mapping, if a mask or labels are among them.
 
-    Targets, as in (input, target), are dropped, or passed as labels if the model takes those. They
-    are the parts beyond the parameters of ``forward``, or from the first part on that cannot be
-    the value of its parameter.
+    Targets, as in (input, target), are dropped, or become labels if the model takes those, or if
+    they tell which tokens have no label. They are the parts beyond the parameters of ``forward``,
+    or from the first part on that cannot be the value of its parameter.
 
     Raises:
         EvaTypeError: the parts are samples or images, of which all but the first would be dropped.
@@ -91,11 +92,23 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
         )
     named = {p.name: part for p, part in pairs[:num_inputs]}
     _raise_if_types_are_mask(named.get("attention_mask"), named.get("token_type_ids"))
-    takes_labels = any(p.name == "labels" for p in parameters) and "labels" not in named
+    takes_labels = any(p.name == "labels" for p in parameters)
     if targets and takes_labels and not targets[0].is_floating_point():
-        named["labels"] = targets[0]
+        named.setdefault("labels", targets[0])
+    elif (labels := token_labels_of(batch)) is not None:
+        named.setdefault("labels", labels)  # for the mask; a model that takes none gets none
     selecting = {"attention_mask", "labels", *PADDING_MASKS}
     return named if named.keys() & selecting else tuple(batch[:num_inputs])
+
+
+def token_labels_of(batch: Any) -> Tensor | None:
+    """Return the part of a tuple that labels its token ids, negative where there is no label."""
+    ids = batch[0] if isinstance(batch, (tuple, list)) and batch else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        return None
+    parts = (part for part in batch[1:] if isinstance(part, Tensor) and part.shape == ids.shape)
+    labels = (part for part in parts if not part.is_floating_point() and bool((part < 0).any()))
+    return next(labels, None)
 
 
 def _raise_if_types_are_mask(mask: Any, types: Any) -> None:

@@ -16,7 +16,7 @@ from ..model.architecture import forward_signature, is_transformers_model
 from ..model.parts import outermost_modules
 from ..surroundings.interrupts import temporarily
 from ..surroundings.snapshot import remove_hook
-from .arguments import PADDING_MASKS
+from .arguments import PADDING_MASKS, token_labels_of
 from .token_mask import TokenMask
 
 __all__ = ["CallHooks", "InnerModelHooks", "ModelCallHooks", "is_model", "named_arguments"]
@@ -138,7 +138,8 @@ class ModelCallHooks(CallHooks):
         base_first = [base] if self.hooks_base and base not in inner else []
         super().__init__([*base_first, *inner], make_mask, use_mask, inner, media_parts)
         values = batch if isinstance(batch, Mapping) else {}
-        self._labels, self._attention_mask = values.get("labels"), values.get("attention_mask")
+        self._labels = values.get("labels", token_labels_of(batch))
+        self._attention_mask = values.get("attention_mask")
         self._base, self._batch_mask, self._on_model_call = base, batch_mask, on_model_call
         self._open_calls.append((None, batch_mask, batch_mask))
 

@@ -17,7 +17,16 @@ from transformers import BertConfig, BertForTokenClassification
 from eva_kernels import EvaTypeError
 from eva_peft.inputs.arguments import as_one_argument, positional_to_named
 from eva_peft.model.architecture import forward_signature
-from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
+from integration.conftest import (
+    VOCABULARY,
+    lora,
+    lost,
+    make_llama,
+    make_mlp,
+    run,
+    text_batches,
+    vectors,
+)
 
 IDS = 3 + torch.arange(8).reshape(2, 4)
 MASK = torch.ones(2, 4, dtype=torch.long)
@@ -47,6 +56,9 @@ def required_types(input_ids: Tensor, token_type_ids: Tensor) -> None: ...
 
 
 def labels_second(input_ids: Tensor, labels: Any = None) -> None: ...
+
+
+def with_targets(ids: Tensor, targets: Any = None) -> None: ...
 
 
 def positions_first(position_ids: Any = None, attention_mask: Any = None) -> None: ...
@@ -87,7 +99,9 @@ CASES: dict[str, Case] = {
     "an additive mask": (takes_text, (IDS, ADDITIVE), (TEXT, None)),
     "other samples": (takes_text, (IDS, MASK, torch.arange(3)), "unchanged"),
     "labels and other samples": (takes_text, (IDS, MASK, LABELS, torch.arange(3)), "unchanged"),
-    "labels that forward does not take": (without_labels, (IDS, MASK, LABELS), (TEXT, None)),
+    "labels that forward does not take": (without_labels, (IDS, MASK, LABELS), (TEXT, 2)),
+    "targets that forward takes": (with_targets, (IDS, LABELS), (("ids", "targets"), 1)),
+    "targets that hide no token": (with_targets, (IDS, IDS + 1), 2),
     "labels twice": (labels_second, (IDS, LABELS, MASK), (("input_ids", "labels"), None)),
     "required types": (required_types, (IDS, IDS.clone()), 2),
     "ids for another first argument": (
@@ -261,6 +275,32 @@ def test_labels_in_a_tuple_mask_tokens(parts: tuple[str, ...]) -> None:
     expected = run(make_llama(), iter([{k: b[k] for k in kept} for b in texts]), config)
     assert result.tokens == expected.tokens
     assert all("position_ids" not in names for names in received)
+
+
+class Tagger(nn.Module):
+    """A module of the user's that takes token ids alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids))
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_labels_in_a_tuple_mask_tokens_of_a_module_that_takes_none(by_function: bool) -> None:
+    """They may be the only sign of padding, as torch's loss ignores -100, too."""
+    config = lora(target_modules=["head"], tau=1.0)
+    loader = [
+        (b["input_ids"], b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)) for b in TEXTS
+    ]
+    options = {"forward_fn": lambda model, batch: model(batch[0])} if by_function else {}
+    model = Tagger()
+    result = run(model, iter(loader), config, method="gram", **options)
+    kept = torch.cat([ids[labels != -100] for ids, labels in loader])
+    assert lost(result.components["head"], model.embedding(kept).detach().double()) < 1e-6
 
 
 @pytest.mark.parametrize("third", ["class of each token", "types"])

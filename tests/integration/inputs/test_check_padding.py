@@ -17,6 +17,7 @@ from bench.families import FAMILIES
 from eva_kernels import EvaError, EvaValueError
 from eva_peft.inputs.other_padding import with_other_padding
 from integration.conftest import (
+    VOCABULARY,
     hooks_of,
     lora,
     make_bert,
@@ -272,6 +273,25 @@ def test_every_kind_of_batch_is_checked(kind: str) -> None:
     assert found.changed == ("input_ids",)
     assert {(rows.rows, rows.padding) for rows in found.layers.values()} == {(mask.numel(), hidden)}
     assert not found.suspicious
+
+
+def test_labels_in_a_tuple_keep_their_place() -> None:
+    """They may be an argument, and mask tokens as well."""
+
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor, attention_mask: Tensor, targets: Tensor) -> Tensor:
+            return self.head(self.embedding(ids))
+
+    ids, mask = text().values()
+    batch = (ids, mask, ids.masked_fill(mask == 0, -100))
+    options = {"config": lora(target_modules=["head"]), "forward_fn": lambda m, parts: m(*parts)}
+    found = eva_kernels.check_padding(Tagger(), batch, **options)
+    head, count = found.layers["head"], int((mask == 0).sum())
+    assert (head.counted, head.padding, head.padding_counted) == (40 - count, count, 0)
 
 
 class MaskedLinear(nn.Module):
