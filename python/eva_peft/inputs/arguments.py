@@ -186,6 +186,8 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if "mask" in parameter.name:
         return not _may_be_mask(part)
+    if is_decoder_input(parameter.name):  # negative: labels, from which the model makes its tokens
+        return not part.is_floating_point() and bool((part < 0).any())
     if not isinstance(inputs, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
         return False
     if part.shape != inputs.shape or part.is_floating_point():

@@ -49,6 +49,15 @@ def takes_text(
 ) -> None: ...
 
 
+def takes_two_texts(
+    input_ids: Tensor,
+    attention_mask: Any = None,
+    decoder_input_ids: Any = None,
+    *,
+    labels: Any = None,
+) -> None: ...
+
+
 def without_labels(input_ids: Tensor, attention_mask: Any = None) -> None: ...
 
 
@@ -100,6 +109,12 @@ CASES: dict[str, Case] = {
     "other samples": (takes_text, (IDS, MASK, torch.arange(3)), "unchanged"),
     "labels and other samples": (takes_text, (IDS, MASK, LABELS, torch.arange(3)), "unchanged"),
     "labels that forward does not take": (without_labels, (IDS, MASK, LABELS), (TEXT, 2)),
+    "labels that make a decoder's inputs": (takes_two_texts, (IDS, MASK, LABELS), (TEXT, 2)),
+    "a decoder's inputs and labels": (
+        takes_two_texts,
+        (IDS, MASK, IDS, LABELS),
+        ((*TEXT, "decoder_input_ids"), 3),
+    ),
     "targets that forward takes": (with_targets, (IDS, LABELS), (("ids", "targets"), 1)),
     "targets that hide no token": (with_targets, (IDS, IDS + 1), 2),
     "labels twice": (labels_second, (IDS, LABELS, MASK), (("input_ids", "labels"), None)),
