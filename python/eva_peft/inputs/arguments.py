@@ -52,6 +52,11 @@ PADDING_MASKS = {
 _DECODER_INPUT = re.compile(
     r"(decoder|dec)_input|(tgt|trg)(_(seq|tokens|ids|in|inputs?|input_ids))?$|prev_output_tokens$"
 )
+# Arguments of transformers models that no tensor can be, and those with three or more dimensions.
+_NO_TENSORS = re.compile(
+    r"past_key_values|cache|cache_params|mems|use_cache|return_dict|output_(attentions|hidden_states)"
+)
+_FEATURES = ("inputs_embeds", "encoder_hidden_states", "pixel_values", "input_features")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -91,6 +96,7 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
             "run the model on each"
         )
     named = {p.name: part for p, part in pairs[:num_inputs]}
+    _raise_if_mask_misplaced(pairs[num_inputs:], named, base)
     _raise_if_types_are_mask(named.get("attention_mask"), named.get("token_type_ids"))
     takes_labels = any(p.name == "labels" for p in parameters)
     if targets and takes_labels and not targets[0].is_floating_point():
@@ -109,6 +115,18 @@ def token_labels_of(batch: Any) -> Tensor | None:
     parts = (part for part in batch[1:] if isinstance(part, Tensor) and part.shape == ids.shape)
     labels = (part for part in parts if not part.is_floating_point() and bool((part < 0).any()))
     return next(labels, None)
+
+
+def _raise_if_mask_misplaced(
+    misfits: Sequence[tuple[inspect.Parameter, Any]], named: Mapping[str, Any], base: nn.Module
+) -> None:
+    """Refuse what seems to be the mask of the tokens, in place of an argument that it cannot be."""
+    if not misfits or "attention_mask" in named:
+        return
+    parameter, part = misfits[0]
+    ids = next(iter(named.values()))
+    if isinstance(ids, Tensor) and part.shape == ids.shape and _may_be_mask(part):
+        raise _refusal_error(f"a mask in place of {parameter.name}", base)
 
 
 def _raise_if_types_are_mask(mask: Any, types: Any) -> None:
@@ -186,8 +204,13 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if "mask" in parameter.name:
         return not _may_be_mask(part)
-    if is_decoder_input(parameter.name):  # negative: labels, from which the model makes its tokens
-        return not part.is_floating_point() and bool((part < 0).any())
+    if _NO_TENSORS.fullmatch(parameter.name):
+        return True
+    if parameter.name in _FEATURES and part.dim() < 3:  # a module of the user's may take (B, D)
+        rows = part.dim() == 2 and part.is_floating_point()
+        return not rows or parameter.name == "inputs_embeds"
+    if is_decoder_input(parameter.name):  # it has no negative token, as labels of tokens have
+        return part.dim() < 2 or (not part.is_floating_point() and bool((part < 0).any()))
     if not isinstance(inputs, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
         return False
     if part.shape != inputs.shape or part.is_floating_point():

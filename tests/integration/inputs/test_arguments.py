@@ -58,6 +58,26 @@ def takes_two_texts(
 ) -> None: ...
 
 
+def takes_embeddings(
+    input_ids: Tensor, attention_mask: Any = None, inputs_embeds: Any = None, labels: Any = None
+) -> None: ...
+
+
+def takes_images(
+    pixel_values: Tensor, output_attentions: Any = None, labels: Any = None
+) -> None: ...
+
+
+def with_features(
+    input_ids: Tensor, attention_mask: Any = None, input_features: Any = None
+) -> None: ...
+
+
+def takes_cache(
+    input_ids: Tensor, past_key_values: Any = None, attention_mask: Any = None, labels: Any = None
+) -> None: ...
+
+
 def without_labels(input_ids: Tensor, attention_mask: Any = None) -> None: ...
 
 
@@ -115,6 +135,30 @@ CASES: dict[str, Case] = {
         (IDS, MASK, IDS, LABELS),
         ((*TEXT, "decoder_input_ids"), 3),
     ),
+    "classes in place of a decoder's inputs": (
+        takes_two_texts,
+        (IDS, MASK, torch.arange(2)),
+        (TEXT, 2),
+    ),
+    "classes in place of embeddings": (takes_embeddings, (IDS, MASK, torch.arange(2)), (TEXT, 2)),
+    "scores in place of embeddings": (takes_embeddings, (IDS, MASK, torch.ones(2)), (TEXT, None)),
+    "embeddings": (
+        takes_embeddings,
+        (IDS, MASK, torch.ones(2, 4, 8)),
+        ((*TEXT, "inputs_embeds"), None),
+    ),
+    "classes in place of a cache": (takes_cache, (IDS, torch.arange(2)), (TEXT[:1], 1)),
+    "features of a module of the user's": (
+        with_features,
+        (IDS, MASK, VALUES),
+        ((*TEXT, "input_features"), None),
+    ),
+    "classes in place of features": (with_features, (IDS, MASK, LABELS[:, 0]), (TEXT, None)),
+    "classes in place of a flag": (
+        takes_images,
+        (VALUES, torch.arange(2)),
+        (("pixel_values",), 1),
+    ),
     "targets that forward takes": (with_targets, (IDS, LABELS), (("ids", "targets"), 1)),
     "targets that hide no token": (with_targets, (IDS, IDS + 1), 2),
     "labels twice": (labels_second, (IDS, LABELS, MASK), (("input_ids", "labels"), None)),
@@ -152,6 +196,13 @@ def test_positional_parts_are_assigned_to_arguments(case: str, kind: Any) -> Non
         assert {name: id(part) for name, part in found.items()} == {
             name: id(part) for name, part in expected_parts.items()
         }
+
+
+def test_mask_in_place_of_a_cache_is_refused() -> None:
+    model: Any = nn.Module()
+    model.forward = takes_cache
+    with pytest.raises(EvaTypeError, match="a batch with a mask in place of past_key_values"):
+        positional_to_named((IDS, MASK, LABELS), model)
 
 
 def takes_features(features: dict[str, Any], scale: float = 1.0) -> None: ...
