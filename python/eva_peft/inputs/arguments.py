@@ -299,8 +299,8 @@ def raise_if_not_taken(
 
     It may know none of the argument names: most accept any name, and only report that they got no
     input. So do they for a batch of which nothing is passed on, such as strings only. Or a part of
-    a tuple cannot be the value of its parameter, or the first is no tensor, or the mask does not
-    have the shape of the token ids.
+    a tuple cannot be the value of its parameter, or the first is no tensor, or a decoder got no
+    inputs, or the mask does not have the shape of the token ids.
 
     Raises:
         EvaTypeError: this is the case.
@@ -324,10 +324,26 @@ def raise_if_not_taken(
         raise _refusal_error(f"{name} of type {type(first).__name__}", base, why) from error
     if unknown or misplaced:
         raise _refusal_error(_contents(batch), base, why) from error
+    given_inputs = {p.name: part for p, part in pairs} | dict(kwargs)
+    if _lacks_decoder_inputs(given_inputs, base, error):
+        raise _refusal_error("no labels or decoder inputs", base, why) from error
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if isinstance(ids, Tensor) and (misfit := _misfit_of(mask, ids)):
         given = f"{misfit}, for input_ids of shape {tuple(ids.shape)}"
         raise _refusal_error(f"an attention_mask of {given}", base, why) from error
+
+
+def _lacks_decoder_inputs(
+    given_inputs: Mapping[str, Any], base: nn.Module, error: Exception
+) -> bool:
+    """Tell whether an encoder-decoder asked for inputs as its decoder got none.
+
+    Most do so by the names of the encoder's, or say that there are two of the decoder's.
+    """
+    decoder = bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False))
+    asks = isinstance(error, ValueError) and "input_ids" in str(error)
+    has_labels = given_inputs.get("labels") is not None
+    return decoder and asks and not has_labels and not has_decoder_inputs(given_inputs)
 
 
 def _misfit_of(mask: Any, ids: Tensor) -> str:

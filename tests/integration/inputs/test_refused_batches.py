@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from eva_kernels import EvaTypeError, EvaValueError
 from eva_peft.inputs.arguments import raise_if_not_taken
@@ -64,6 +64,22 @@ def test_errors_are_explained_where_the_mask_does_not_fit_the_token_ids() -> Non
             run(make_llama(), [{"input_ids": IDS, "attention_mask": mask}], lora())
     by_codebook = {"input_ids": IDS[..., None].expand(2, 4, 3), "attention_mask": MASK}
     raise_if_not_taken(by_codebook, by_codebook, make_llama(), IndexError("of another cause"))
+
+
+def test_errors_are_explained_where_a_decoder_gets_no_inputs() -> None:
+    size = {"vocab_size": 96, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1}
+    model = T5ForConditionalGeneration(T5Config(**size, num_heads=2, decoder_start_token_id=0))
+    text = {"input_ids": IDS, "attention_mask": MASK}
+    for batch in (text, IDS, (IDS, MASK)):
+        with pytest.raises(
+            EvaTypeError, match=r"with no labels or decoder inputs .*it failed with"
+        ):
+            run(model, iter([batch]), lora(target_modules=["q"]))
+    error = ValueError("You must specify exactly one of input_ids or inputs_embeds")
+    for more in ("labels", "decoder_input_ids"):  # then it has another cause
+        raise_if_not_taken(text, {**text, more: IDS}, model, error)
+    raise_if_not_taken(text, text, model, IndexError("index out of range"))
+    raise_if_not_taken(text, text, make_llama(), error)
 
 
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
