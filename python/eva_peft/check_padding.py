@@ -6,6 +6,7 @@ import functools
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import copy
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ._peft_compat import LoraConfig
 from .calibrate import CalibrationPass, call_with_pass
-from .errors import EvaValueError
+from .errors import EvaError, EvaValueError
 from .initialize import config_for_pass
 from .inputs.other_padding import with_other_padding
 from .model.divided import check_not_partitioned
@@ -145,7 +146,10 @@ def check_padding(
     chosen = config_for_pass(inner, config, parsed)
     names: list[str] = []
     if changed is None:
-        changed, names = with_other_padding(batch, inner)
+        # a function of the user's may take what the model does not
+        refusals = () if parsed.forward_fn is None else (EvaError,)
+        with suppress(*refusals):
+            changed, names = with_other_padding(batch, inner)
         if not names:
             raise EvaValueError(
                 "the batch has no mask that marks padding; pass a batch with padding and its "

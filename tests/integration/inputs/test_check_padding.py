@@ -14,13 +14,14 @@ from transformers import BatchEncoding
 
 import eva_kernels
 from bench.families import FAMILIES
-from eva_kernels import EvaError, EvaValueError
+from eva_kernels import EvaError, EvaTypeError, EvaValueError
 from eva_peft.inputs.other_padding import with_other_padding
 from integration.conftest import (
     VOCABULARY,
     hooks_of,
     lora,
     make_bert,
+    make_gpt2,
     make_llama,
     make_mlp,
     same_state,
@@ -149,6 +150,15 @@ def test_changed_batch_can_be_passed() -> None:
     )
     assert not found.suspicious
     assert {rows.padding for rows in found.layers.values()} == {int((ids == 0).sum())}
+
+
+def test_parts_in_another_order_need_a_changed_batch_for_a_function() -> None:
+    """GPT-2 takes a cache before the mask, but the function knows which part is which."""
+    batch = tuple(text().values())
+    with pytest.raises(EvaTypeError, match="a mask in place of past_key_values"):
+        eva_kernels.check_padding(make_gpt2(), batch, lora())
+    with pytest.raises(EvaValueError, match=r"no mask that marks padding.* or pass as changed="):
+        eva_kernels.check_padding(make_gpt2(), batch, lora(), **BY_INDEX)
 
 
 def test_batch_without_padding_is_an_error() -> None:
