@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -107,14 +107,28 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     return named if named.keys() & selecting else tuple(batch[:num_inputs])
 
 
-def token_labels_of(batch: Any) -> Tensor | None:
-    """Return the part of a tuple that labels its token ids, negative where there is no label."""
-    ids = batch[0] if isinstance(batch, (tuple, list)) and batch else None
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
-        return None
-    parts = (part for part in batch[1:] if isinstance(part, Tensor) and part.shape == ids.shape)
-    labels = (part for part in parts if not part.is_floating_point() and bool((part < 0).any()))
-    return next(labels, None)
+def token_labels_of(batch: Any) -> Any:
+    """Return the part of a batch that labels its token ids, negative where there is no label.
+
+    In a mapping that is ``labels``, whatever it holds; otherwise the name does not matter.
+    """
+    if isinstance(batch, Mapping):
+        return batch["labels"] if "labels" in batch else _labels_among(batch.values())
+    begins_with_ids = isinstance(batch, (tuple, list)) and batch and _may_be_ids(batch[0])
+    return _labels_among(batch) if begins_with_ids else None
+
+
+def _labels_among(parts: Iterable[Any]) -> Tensor | None:
+    candidates = [part for part in parts if _may_be_ids(part)]
+    if len(candidates) < 2:
+        return None  # without a read
+    pairs = [(part, bool((part < 0).any())) for part in candidates]
+    shape = next((part.shape for part, negative in pairs if not negative), None)
+    return next((part for part, negative in pairs if negative and part.shape == shape), None)
+
+
+def _may_be_ids(part: Any) -> TypeGuard[Tensor]:
+    return isinstance(part, Tensor) and part.dim() == 2 and not part.is_floating_point()
 
 
 def _raise_if_mask_misplaced(

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
-from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input
+from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input, token_labels_of
 from .batches import as_mapping
 from .mask_contents import hides_where_true
 from .media_masks import (
@@ -54,7 +54,8 @@ def mask_of_batch(
     """Build the mask of a batch from ``attention_mask`` and ``labels``, as PEFT does.
 
     Labels are used only if they label tokens, that is if their shape is that of the tokens; the
-    labels of an encoder-decoder model mask its decoder.
+    labels of an encoder-decoder model mask its decoder. Without a mask, labels of tokens are used
+    under any name.
 
     Args:
         batch: a mapping; anything else has no mask.
@@ -255,7 +256,8 @@ def _text_masks(
         if decoder is None and labelled is None and main is not None:
             decoder = _all_steps_mask(batch, num_samples)  # else main would be used if as long
         return main, _decoder_mask(batch, decoder, labelled, architecture), None
-    eva, labels, label_mask = eva_config_of(config), batch.get("labels"), None
+    eva, label_mask = eva_config_of(config), None
+    labels = token_labels_of(batch) if main is None else batch.get("labels")
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = labels.cpu() != eva.label_mask_value
     shape = _token_shape(batch, main)

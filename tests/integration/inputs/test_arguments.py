@@ -344,27 +344,34 @@ def test_labels_in_a_tuple_mask_tokens(parts: tuple[str, ...]) -> None:
 
 
 class Tagger(nn.Module):
-    """A module of the user's that takes token ids alone."""
+    """A module of the user's that takes token ids, and targets by a name of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 5)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, y: Tensor | None = None) -> Tensor:
         return self.head(self.embedding(ids))
 
 
 @pytest.mark.parametrize("by_function", [False, True])
-def test_labels_in_a_tuple_mask_tokens_of_a_module_that_takes_none(by_function: bool) -> None:
+@pytest.mark.parametrize("names", [None, ("ids", "y"), ("y", "ids")])
+def test_labels_under_any_name_mask_tokens_of_a_users_module(
+    names: tuple[str, str] | None, by_function: bool
+) -> None:
     """They may be the only sign of padding, as torch's loss ignores -100, too."""
     config = lora(target_modules=["head"], tau=1.0)
     loader = [
         (b["input_ids"], b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)) for b in TEXTS
     ]
-    options = {"forward_fn": lambda model, batch: model(batch[0])} if by_function else {}
+    batches: list[Any] = [*loader]
+    if names is not None:
+        batches = [{name: {"ids": ids, "y": y}[name] for name in names} for ids, y in loader]
+    key = 0 if names is None else "ids"
+    options = {"forward_fn": lambda model, batch: model(batch[key])} if by_function else {}
     model = Tagger()
-    result = run(model, iter(loader), config, method="gram", **options)
+    result = run(model, iter(batches), config, method="gram", **options)
     kept = torch.cat([ids[labels != -100] for ids, labels in loader])
     assert lost(result.components["head"], model.embedding(kept).detach().double()) < 1e-6
 
