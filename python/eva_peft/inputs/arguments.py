@@ -28,6 +28,7 @@ __all__ = [
     "accepts_arguments",
     "as_one_argument",
     "has_decoder_inputs",
+    "has_ids_like",
     "is_decoder_input",
     "model_arguments",
     "positional_to_named",
@@ -491,3 +492,11 @@ def has_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
 def is_decoder_input(name: Any) -> bool:
     """Tell whether an argument is an input of a decoder, by its name."""
     return _DECODER_INPUT.match(str(name)) is not None
+
+
+def has_ids_like(mask: Tensor | None, arguments: Mapping[str, Any]) -> bool:
+    """Tell whether there are token ids of a mask's shape among arguments, under any name."""
+    ids = (v for k, v in arguments.items() if isinstance(v, Tensor) and k != "labels")
+    return mask is not None and any(
+        value.shape == mask.shape and not value.is_floating_point() for value in ids
+    )

@@ -13,7 +13,13 @@ from torch.nn import functional
 from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
-from .arguments import PADDING_MASKS, has_decoder_inputs, is_decoder_input, token_labels_of
+from .arguments import (
+    PADDING_MASKS,
+    has_decoder_inputs,
+    has_ids_like,
+    is_decoder_input,
+    token_labels_of,
+)
 from .batches import as_mapping
 from .mask_contents import hides_where_true
 from .media_masks import (
@@ -393,13 +399,20 @@ def _num_cached_tokens(batch: Mapping[str, Any]) -> int:
 
 
 def _is_multimodal(batch: Mapping[str, Any]) -> bool:
-    """Tell whether a batch with text also holds other modalities."""
+    """Tell whether a batch with text also holds other modalities.
+
+    Beside ids under a name of the user's, which have the shape of the mask, these are images only.
+    """
     given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
     text = next((value for value in given if isinstance(value, Tensor)), None)
+    least_dims = 2 if text is not None else 4
+    if text is None and isinstance(mask := batch.get("attention_mask"), Tensor):
+        inputs = {k: v for k, v in batch.items() if k != "attention_mask"}
+        text = mask if has_ids_like(mask, inputs) else None
     return text is not None and any(
         isinstance(value, Tensor)
         and value.is_floating_point()
-        and value.dim() >= 2
+        and value.dim() >= least_dims
         and value.shape not in (text.shape, text.shape[:2])  # such as token weights
         for key, value in batch.items()
         if key not in ("inputs_embeds", "decoder_inputs_embeds", "labels")

@@ -16,7 +16,7 @@ from ..model.architecture import forward_signature, is_transformers_model
 from ..model.parts import outermost_modules
 from ..surroundings.interrupts import temporarily
 from ..surroundings.snapshot import remove_hook
-from .arguments import PADDING_MASKS, token_labels_of
+from .arguments import PADDING_MASKS, has_ids_like, token_labels_of
 from .token_mask import TokenMask
 
 __all__ = ["CallHooks", "InnerModelHooks", "ModelCallHooks", "is_model", "named_arguments"]
@@ -107,8 +107,8 @@ class ModelCallHooks(CallHooks):
 
     A ``forward_fn`` may make the tokens itself, or run a model on a text other than the one that
     the batch's mask belongs to. A mask that the model is called with is used in it; otherwise the
-    batch's, if it has the shape of the first argument, or else none. ``forward`` of transformers
-    models may also be called directly, as by sentence-transformers.
+    batch's, if it has the shape of the first argument or of token ids, or else none. ``forward`` of
+    transformers models may also be called directly, as by sentence-transformers.
 
     Args:
         model: whose outermost wanted parts are observed.
@@ -172,17 +172,11 @@ class ModelCallHooks(CallHooks):
         shape = _token_shape(arguments)
         if all(not isinstance(arguments.get(name), (Tensor, Mapping)) for name in _TOKEN_MASKS):
             main = self._batch_mask.main
-            if shape is not None and main is not None and main.shape == shape:
+            if main is None and has_ids_like(self._batch_mask.decoder, arguments):
                 return self._batch_mask
-            if main is None and self._has_decoder_tokens(arguments):
+            if main is not None and (main.shape == shape or has_ids_like(main, arguments)):
                 return self._batch_mask
         return self._mask_from_arguments(arguments, shape)
-
-    def _has_decoder_tokens(self, arguments: Mapping[str, Any]) -> bool:
-        """Tell whether a model is called with a decoder's tokens, under any name."""
-        decoder = self._batch_mask.decoder
-        ids = (v for v in arguments.values() if isinstance(v, Tensor) and not v.is_floating_point())
-        return decoder is not None and any(value.shape == decoder.shape for value in ids)
 
     def _mask_from_arguments(
         self, arguments: dict[str, Any], shape: torch.Size | None

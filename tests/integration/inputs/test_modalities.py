@@ -198,3 +198,34 @@ def test_as_many_boxes_as_words_get_no_text_mask(name: str) -> None:
     rule = TokenMask(MASK, multimodal=True)
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, name) is None
     assert rule.rows(torch.Size((SAMPLES, TOKENS, 8)), CPU, "encoder.layer.0.query") is not None
+
+
+class ImagesAndText(nn.Module):
+    """Images before a text of which the model hides no padding, as in OpenCLIP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.words = nn.Linear(16, 8), nn.Embedding(99, 16)
+        self.text = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.visual(image.flatten(2).mT), self.text(self.words(text))
+
+
+@pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
+def test_mask_of_text_that_forward_fn_passes_behind_images() -> None:
+    torch.manual_seed(0)
+    model, names, ids = ImagesAndText(), ["visual", "text.0", "text.2"], text()["input_ids"]
+    inputs = [{"image": torch.randn(SAMPLES, 16, 3, 3), "text": ids.roll(i, 0)} for i in range(4)]
+    data = [{**b, "attention_mask": MASK.roll(i, 0).long()} for i, b in enumerate(inputs)]
+    result = run(
+        model,
+        data,
+        lora(target_modules=names, tau=1.0),
+        forward_fn=lambda m, b: m(b["image"], b["text"]),
+        method="gram",
+        max_steps=4,
+    )
+    kept = torch.cat([batch["attention_mask"].bool().flatten() for batch in data])
+    for name, x in layer_inputs(model, inputs, names).items():
+        assert lost(result.components[name], x if name == "visual" else x[kept]) < 1e-6
