@@ -21,7 +21,7 @@ from .arguments import (
     token_labels_of,
 )
 from .batches import as_mapping
-from .mask_contents import hides_where_true
+from .mask_contents import FEW, hides_where_true
 from .media_masks import (
     audio_mask_of,
     has_audio,
@@ -46,8 +46,6 @@ _CROSS_MASK = re.compile(r"(^|_)encoder_(\w+_)?mask|^text_embedding_mask")
 _UNIT_MASK = re.compile(r"(?<!attention)(?<!padding)_mask$")
 # The mask of own and conditioning tokens in one sequence, see split_joint_mask.
 _JOINT_MASK = "both_mask"
-# The share of a batch's tokens up to which those that pad may be words.
-_FEW = 0.1
 _DEFAULT_ARCHITECTURE = Architecture()
 
 
@@ -122,7 +120,7 @@ def warn_of_counted_padding(
     if "counted padding" in warned:
         return
     silent = silent_frames(batch) if isinstance(batch, Mapping) else None
-    if silent is not None and _num_at_ends(silent) > _FEW * silent.numel():
+    if silent is not None and _num_at_ends(silent) > FEW * silent.numel():
         warned.add("counted padding")
         warn(
             "many sounds begin or end in silence, which counts, since no attention_mask hides it. "
@@ -140,7 +138,7 @@ def warn_of_counted_padding(
     for name in ("pad_token_id", "eos_token_id"):
         given = getattr(model_config, name, None)
         for token in given if isinstance(given, list) else [given]:
-            if token is not None and _num_at_ends(kept & (ids == token)) > _FEW * kept.sum():
+            if token is not None and _num_at_ends(kept & (ids == token)) > FEW * kept.sum():
                 warned.add("counted padding")
                 warn(
                     f"many texts begin or end with several tokens {token}, the model's {name}, "

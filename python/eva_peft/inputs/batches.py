@@ -20,6 +20,7 @@ from .media_masks import is_image_key
 __all__ = [
     "as_mapping",
     "as_tensors",
+    "first_ids",
     "iterate",
     "samples_and_elements",
     "shape_of",
@@ -145,6 +146,13 @@ def samples_and_elements(batch: Any) -> tuple[int, int]:
     tensors = [tensor for tensor in _tensors(batch) if tensor.dim()]
     elements = sum(-(-tensor.numel() // max(len(tensor), 1)) for tensor in tensors)
     return max(map(len, tensors), default=0), elements
+
+
+def first_ids(batch: Any) -> Tensor | None:
+    """Return the first tensor of several samples in a batch, (B, T), that may be token ids."""
+    dense = (v for v in _tensors(batch) if v.layout == torch.strided and not v.is_nested)
+    integers = (v for v in dense if v.dtype in (torch.int32, torch.int64))
+    return next((v for v in integers if v.dim() == 2 and v.numel() and len(v) > 1), None)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

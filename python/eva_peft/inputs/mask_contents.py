@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "FEW",
     "hides_where_true",
     "is_contiguous",
     "is_pairwise",
@@ -15,7 +16,11 @@ __all__ = [
     "kept_by_attention",
     "kept_by_padding",
     "mask_from_lengths",
+    "seem_kept",
 ]
+
+# The share of a batch's tokens up to which those that pad may be words.
+FEW = 0.1
 
 
 def kept_by_attention(mask: Tensor) -> Tensor | None:
@@ -99,6 +104,22 @@ def kept_by_padding(mask: Tensor) -> Tensor | None:
     if not _keeps_every_sample(kept):
         kept = ~kept
     return kept if _keeps_every_sample(kept) else None
+
+
+def seem_kept(ids: Tensor) -> Tensor | None:
+    """Return which token ids, (B, T), seem to be no padding, bool (B, T); ``None`` if all are.
+
+    Padding is one token that fills many ends of samples, and is nowhere else.
+    """
+    for rows in (ids, ids.flip(1)):
+        same = rows == rows[:, -1:].mode(0).values
+        run = same.flip(1).cumprod(1).flip(1).bool()
+        if run.all(1).any() or not torch.equal(run, same):
+            continue
+        # one an end aside, which may be the end of a text
+        if (run.sum(1) - 1).clamp(min=0).sum() > FEW * ids.numel():
+            return ~run if rows is ids else ~run.flip(1)
+    return None
 
 
 def mask_from_lengths(

@@ -15,6 +15,7 @@ from ..model.architecture import Architecture, is_defined_in_transformers
 from ..options import AUTO, CalibrateOptions
 from . import arguments, batches
 from .batch_mask import mask_of_batch, warn_of_counted_padding
+from .mask_contents import seem_kept
 from .subsample import Draw
 from .token_mask import TokenMask
 
@@ -117,7 +118,7 @@ class Preparer:
             parts = batches.without_padding(
                 batch, self._device, self._architecture, self._split_by_length
             )
-        masks = [self._mask_of(part) for part in parts]
+        masks = [self._mask_of(part, batch_number) for part in parts]
         # a model or a function of the user's may hide padding itself
         own_rows = callable(self._options.prepare_layer_inputs_fn)
         known = by_default and self.masks_from_batches and self._is_of_transformers and not own_rows
@@ -129,16 +130,19 @@ class Preparer:
 
     def drawn_mask_of(self, batch: Any, batch_number: int) -> TokenMask:
         """Return the mask of a batch, or of named arguments, which is not run in parts."""
-        mask = self._mask_of(batch)
+        mask = self._mask_of(batch, batch_number)
         self._draw([mask], batch_number)
         return mask
 
-    def _mask_of(self, batch: Any) -> TokenMask:
+    def _mask_of(self, batch: Any, batch_number: int) -> TokenMask:
         if not self.masks_from_batches:
             return TokenMask(None)
         batch = batches.as_mapping(batch)
         mask = mask_of_batch(batch, self._config, self._architecture, self._warned)
         mask.sequence_first = self._sequence_first
+        if batch_number == 0 and not (self._is_of_transformers or mask.has_token_masks):
+            mask.warned, ids = self._warned, batches.first_ids(batch)
+            mask.seem_kept = None if ids is None else seem_kept(ids.cpu())
         return mask
 
     def _draw(self, masks: Sequence[TokenMask], batch_number: int) -> None:

@@ -40,6 +40,7 @@ class TokenMask(BatchMasks):
         skips_media_layers: do not use ``unmasked_prefixes`` and ``unit_masks`` for layers named
             after sound or images.
         main_is_assumed: ``main`` is an assumption that every token counts; the masks are of others.
+        seem_kept: the tokens of a batch without masks, bool (B, T), that seem to be no padding.
         from_parts: the masks are those passed to parts of the model; the batch has none.
         sequence_first: by layer, whether its input is, as far as batches have shown.
         attended_states: the hidden states that ``cross_masks`` masks, if they have the shape of
@@ -54,6 +55,7 @@ class TokenMask(BatchMasks):
         self.warned: set[str] = set()
         self.suppress_warnings = self.skips_media_layers = False
         self.main_is_assumed = self.from_parts = False
+        self.seem_kept: Tensor | None = None
         self.sequence_first: dict[str, bool] = {}
         self.attended_states: ref[Tensor] | None = None
         self._attended_mask: TokenMask | None = None
@@ -155,6 +157,7 @@ class TokenMask(BatchMasks):
         if fit is None:
             if not unmasked:
                 self._warn_unmatched(layer, leading, name)
+            self._warn_if_padding_seems_to_count(leading, name)
             if not self.draws:
                 return None
             every_row = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
@@ -279,6 +282,19 @@ class TokenMask(BatchMasks):
             f"shape {tuple(masks[0].shape)}), so all of its rows are used, padding included. To "
             f"select rows, pass prepare_layer_inputs_fn{others}",
         )
+
+    def _warn_if_padding_seems_to_count(self, leading: tuple[int, ...], name: str) -> None:
+        kept = self.seem_kept
+        if kept is None or self.has_token_masks or "counted padding" in self.warned:
+            return
+        if leading in (kept.shape, kept.shape[::-1], (kept.numel(),)):
+            self.warned.add("counted padding")
+            warn(
+                f"layer {name}: of {kept.numel()} tokens that count, {int((~kept).sum())} seem to "
+                "be padding, since one token fills the ends of many samples and is nowhere else. "
+                "If so, let the loader yield a mapping with an attention_mask that is 0 there; "
+                "where the model does not take it, pass forward_fn, too"
+            )
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

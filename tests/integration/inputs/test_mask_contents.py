@@ -11,6 +11,7 @@ from eva_peft.inputs.mask_contents import (
     kept_by_attention,
     kept_by_padding,
     mask_from_lengths,
+    seem_kept,
 )
 
 LOWER = torch.ones(3, 3).tril()  # causal, or three samples of one, two and three tokens
@@ -75,3 +76,23 @@ RIGHT = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 1, 1]])
 def test_true_at_padding_is_told_from_true_elsewhere(mask: Tensor, answer: bool) -> None:
     assert is_true_at_padding(mask.bool()) == answer
     assert not is_true_at_padding(mask)
+
+
+IDS = torch.tensor([[1, 5, 4, 2, 0, 0, 0], [1, 5, 2, 0, 0, 0, 0], [1, 3, 4, 5, 6, 5, 2]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "pads"),
+    [
+        (IDS, True),
+        (IDS.flip(1), True),
+        (IDS[2:], False),
+        (torch.where(IDS == 5, 0, IDS), False),
+        (IDS[:, :5], False),
+        (IDS * 0, False),
+    ],
+    ids=["right", "left", "no padding", "an id of a word, too", "few", "all"],
+)
+def test_ids_that_seem_to_be_padding(ids: Tensor, pads: bool) -> None:
+    kept = seem_kept(ids)
+    assert torch.equal(kept, ids != 0) if kept is not None else not pads

@@ -212,6 +212,7 @@ def test_mask_of_a_decoder_in_the_batch_leaves_the_encoders_in_force() -> None:
     assert run(Model("plain").eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
 
 
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
 def test_padding_of_keys_does_not_mask_queries() -> None:
     class CrossBlock(Block):
         def forward(self, x: Tensor, keys: Tensor, padding: Tensor) -> Tensor:
@@ -310,6 +311,7 @@ def test_encoder_mask_passed_to_a_decoder_masks_only_keys(steps: int) -> None:
         "plain, to be predicted",
     ],
 )
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
 def test_masks_with_another_meaning_are_ignored(kind: str) -> None:
     class AttentionMask(Block):
         def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
@@ -377,6 +379,7 @@ def test_masks_made_for_each_layer_are_freed() -> None:
 
 @pytest.mark.parametrize("kind", ["row", "padding_mask", "integers"])
 @pytest.mark.parametrize("full", [False, True])
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
 def test_ambiguous_mask_is_ignored_where_every_sample_is_padded(kind: str, full: bool) -> None:
     class Row(Block):
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:

@@ -279,6 +279,7 @@ def test_mask_changed_in_place_applies_as_each_part_receives_it() -> None:
 
 
 @pytest.mark.parametrize("added", [True, False])
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
 def test_float_masks_apply_where_they_are_additive(added: bool) -> None:
     """As in PatchTST-FM; other float arguments may mean anything."""
 

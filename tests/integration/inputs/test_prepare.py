@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
@@ -12,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eva_kernels import EvaWarning
 from eva_kernels.streaming import _host
 from eva_peft.calibrate import CalibrationPass
 from eva_peft.inputs.prepare import Prefetcher, Preparer
 from eva_peft.inputs.token_mask import TokenMask
-from integration.conftest import lora, make_llama, make_mlp, run, text_batches, vectors
+from integration.conftest import VOCABULARY, lora, make_llama, make_mlp, run, text_batches, vectors
 
 calibrate = import_module("eva_peft.calibrate")
 OPTIONS = {"method": "sketch", "backend": "torch"}
@@ -284,3 +285,30 @@ def test_padding_that_a_mask_hides_is_not_warned_of() -> None:
         (_with(lambda *parts: parts), by_function),
     ):
         run(model, texts, lora(target_modules=["q_proj"]), **options)
+
+
+class Pairs(nn.Module):
+    """Images and texts, of which the model hides no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images, self.words = nn.Linear(8, 8), nn.Embedding(VOCABULARY, 16)
+        self.texts = nn.Linear(16, 8)
+
+    def forward(self, images: Tensor, texts: Tensor) -> Tensor:
+        return self.images(images) @ self.texts(self.words(texts)).mean(1).mT
+
+
+@pytest.mark.parametrize("layer", ["texts", "images"])
+def test_padding_that_counts_in_an_own_model_is_warned_of_once(layer: str) -> None:
+    pairs = _with(lambda ids, mask: (torch.randn(4, 8), ids))
+    masked = _with(
+        lambda ids, mask: {"images": torch.randn(4, 8), "ids": ids, "attention_mask": mask}
+    )
+    by_function = {"forward_fn": lambda model, b: model(b["images"], b["ids"])}
+    run(Pairs(), masked, lora(target_modules=[layer]), **by_function)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", EvaWarning)
+        run(Pairs(), pairs, lora(target_modules=[layer]))
+    found = [str(w.message) for w in caught if "seem to be padding" in str(w.message)]
+    assert len(found) == (layer == "texts")
