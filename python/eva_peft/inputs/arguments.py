@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,17 @@ from ..model.architecture import (
 )
 from ..surroundings.memory import is_out_of_memory
 from .mask_contents import hides_where_true
+from .roles import (
+    PADDING_MASKS,
+    has_decoder_inputs,
+    is_decoder_input,
+    may_be_mask,
+    token_labels_of,
+)
 
 __all__ = [
-    "PADDING_MASKS",
     "accepts_arguments",
     "as_one_argument",
-    "has_decoder_inputs",
-    "has_ids_like",
-    "is_decoder_input",
     "model_arguments",
     "positional_to_named",
     "raise_if_mapping_refused",
@@ -37,22 +40,10 @@ __all__ = [
     "raise_if_nested",
     "raise_if_not_taken",
     "takes_whole_mapping",
-    "token_labels_of",
     "without_labels",
     "without_string_columns",
 ]
 
-# Padding masks of torch's transformers, and the names of the equivalent token masks. A plain
-# "key_padding_mask" is left out: it means either, depending on the library.
-PADDING_MASKS = {
-    "src_key_padding_mask": "attention_mask",
-    "tgt_key_padding_mask": "decoder_attention_mask",
-    "memory_key_padding_mask": "encoder_attention_mask",
-}
-# Inputs of a decoder: in transformers, in models that follow torch's, in fairseq.
-_DECODER_INPUT = re.compile(
-    r"(decoder|dec)_input|(tgt|trg)(_(seq|tokens|ids|in|inputs?|input_ids))?$|prev_output_tokens$"
-)
 # Arguments of transformers models that no tensor can be, and those with three or more dimensions.
 _NO_TENSORS = re.compile(
     r"past_key_values|cache|cache_params|mems|use_cache|return_dict|output_(attentions|hidden_states)"
@@ -108,30 +99,6 @@ def positional_to_named(batch: Any, model: nn.Module) -> Any:
     return named if named.keys() & selecting else tuple(batch[:num_inputs])
 
 
-def token_labels_of(batch: Any) -> Any:
-    """Return the part of a batch that labels its token ids, negative where there is no label.
-
-    In a mapping that is ``labels``, whatever it holds; otherwise the name does not matter.
-    """
-    if isinstance(batch, Mapping):
-        return batch["labels"] if "labels" in batch else _labels_among(batch.values())
-    begins_with_ids = isinstance(batch, (tuple, list)) and batch and _may_be_ids(batch[0])
-    return _labels_among(batch) if begins_with_ids else None
-
-
-def _labels_among(parts: Iterable[Any]) -> Tensor | None:
-    candidates = [part for part in parts if _may_be_ids(part)]
-    if len(candidates) < 2:
-        return None  # without a read
-    pairs = [(part, bool((part < 0).any())) for part in candidates]
-    shape = next((part.shape for part, negative in pairs if not negative), None)
-    return next((part for part, negative in pairs if negative and part.shape == shape), None)
-
-
-def _may_be_ids(part: Any) -> TypeGuard[Tensor]:
-    return isinstance(part, Tensor) and part.dim() == 2 and not part.is_floating_point()
-
-
 def _raise_if_mask_misplaced(
     misfits: Sequence[tuple[inspect.Parameter, Any]], named: Mapping[str, Any], base: nn.Module
 ) -> None:
@@ -140,13 +107,13 @@ def _raise_if_mask_misplaced(
         return
     parameter, part = misfits[0]
     ids = next(iter(named.values()))
-    if isinstance(ids, Tensor) and part.shape == ids.shape and _may_be_mask(part):
+    if isinstance(ids, Tensor) and part.shape == ids.shape and may_be_mask(part):
         raise _refusal_error(f"a mask in place of {parameter.name}", base)
 
 
 def _raise_if_types_are_mask(mask: Any, types: Any) -> None:
     """Refuse types that are a mask, and hence a mask of types: no padding has a type."""
-    if not isinstance(mask, Tensor) or not isinstance(types, Tensor) or not _may_be_mask(types):
+    if not isinstance(mask, Tensor) or not isinstance(types, Tensor) or not may_be_mask(types):
         return
     if not mask.is_floating_point() and bool(((types != 0) & (mask == 0)).any()):
         raise EvaValueError(
@@ -189,7 +156,7 @@ def _are_samples(inputs: Any, targets: Sequence[Any], config: Any) -> bool:
     for part in (inputs, *targets):
         if part.is_floating_point() or part.dim() != 2 or len(part) != 1 or part.numel() == 1:
             return False
-        if _may_be_mask(part) or bool((part < 0).any()):
+        if may_be_mask(part) or bool((part < 0).any()):
             return False
     # a decoder's token labels are as many as its tokens
     decoder = getattr(config, "is_encoder_decoder", None) is False
@@ -218,7 +185,7 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
     if part is inputs or parameter.default is parameter.empty or not isinstance(part, Tensor):
         return False
     if "mask" in parameter.name:
-        return not _may_be_mask(part)
+        return not may_be_mask(part)
     if _NO_TENSORS.fullmatch(parameter.name):
         return True
     if parameter.name in _FEATURES and part.dim() < 3:  # a module of the user's may take (B, D)
@@ -230,7 +197,7 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if part.shape != inputs.shape or part.is_floating_point():
         return True
-    if parameter.name == "position_ids" and (_may_be_mask(part) or bool((part.diff() > 1).any())):
+    if parameter.name == "position_ids" and (may_be_mask(part) or bool((part.diff() > 1).any())):
         return True  # a mask of the loss, or ids, as of the next tokens: positions rise by one
     num_types = getattr(config, "type_vocab_size", None)
     if (
@@ -240,15 +207,6 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
     ):
         return True
     return bool((part < 0).any()) or torch.equal(part, inputs)
-
-
-def _may_be_mask(part: Tensor) -> bool:
-    """Tell whether a tensor may be a mask, over tokens or pairs: of ones and zeros, or additive."""
-    if part.dim() < 2:
-        return False
-    binary = (part == 0) | (part == 1)
-    additive = part.is_floating_point() and bool((part <= 0).all())
-    return additive or bool(binary.all())
 
 
 def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -482,21 +440,3 @@ def without_labels(arguments: dict[str, Any], architecture: Architecture) -> dic
     if from_labels or architecture.needs_labels:
         return arguments
     return {k: v for k, v in arguments.items() if k != "labels"}
-
-
-def has_decoder_inputs(arguments: Mapping[str, Any]) -> bool:
-    """Tell whether the arguments include a decoder's inputs (tokens, embeddings, spectra)."""
-    return any(is_decoder_input(key) for key, value in arguments.items() if value is not None)
-
-
-def is_decoder_input(name: Any) -> bool:
-    """Tell whether an argument is an input of a decoder, by its name."""
-    return _DECODER_INPUT.match(str(name)) is not None
-
-
-def has_ids_like(mask: Tensor | None, arguments: Mapping[str, Any]) -> bool:
-    """Tell whether there are token ids of a mask's shape among arguments, under any name."""
-    ids = (v for k, v in arguments.items() if isinstance(v, Tensor) and k != "labels")
-    return mask is not None and any(
-        value.shape == mask.shape and not value.is_floating_point() for value in ids
-    )

@@ -13,13 +13,6 @@ from torch.nn import functional
 from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
-from .arguments import (
-    PADDING_MASKS,
-    has_decoder_inputs,
-    has_ids_like,
-    is_decoder_input,
-    token_labels_of,
-)
 from .batches import as_mapping
 from .mask_contents import FEW, hides_where_true
 from .media_masks import (
@@ -29,6 +22,13 @@ from .media_masks import (
     pixel_masks_of,
     silent_frames,
     tile_mask_of,
+)
+from .roles import (
+    PADDING_MASKS,
+    has_decoder_inputs,
+    has_ids_like,
+    is_decoder_input,
+    token_labels_of,
 )
 from .token_mask import TokenMask
 

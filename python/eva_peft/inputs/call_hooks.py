@@ -16,7 +16,7 @@ from ..model.architecture import forward_signature, is_transformers_model
 from ..model.parts import outermost_modules
 from ..surroundings.interrupts import temporarily
 from ..surroundings.snapshot import remove_hook
-from .arguments import PADDING_MASKS, has_ids_like, token_labels_of
+from .roles import PADDING_MASKS, has_ids_like, token_labels_of
 from .token_mask import TokenMask
 
 __all__ = ["CallHooks", "InnerModelHooks", "ModelCallHooks", "is_model", "named_arguments"]

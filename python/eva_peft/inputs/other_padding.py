@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from ..errors import EvaValueError
 from ..model.architecture import configs_of
-from .arguments import PADDING_MASKS, is_decoder_input, positional_to_named
+from .arguments import positional_to_named
 from .batch_mask import token_mask
 from .batches import as_mapping, as_tensors
 from .mask_contents import is_true_at_padding, kept_by_padding
 from .media_masks import is_image_key
 from .part_arguments import PADDING_MASK_SUFFIXES, TARGET_PREFIXES
+from .roles import PADDING_MASKS, is_decoder_input
 
 __all__ = ["with_other_padding"]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from .arguments import PADDING_MASKS, is_decoder_input
 from .batch_mask import split_joint_mask
 from .mask_contents import (
     is_contiguous,
@@ -19,6 +18,7 @@ from .mask_contents import (
     kept_by_padding,
     mask_from_lengths,
 )
+from .roles import PADDING_MASKS, is_decoder_input
 
 __all__ = [
     "PADDING_MASK_SUFFIXES",
