@@ -59,7 +59,7 @@ def mask_of_batch(
 
     Labels are used only if they label tokens, that is if their shape is that of the tokens; the
     labels of an encoder-decoder model mask its decoder. Without a mask, labels of tokens are used
-    under any name.
+    under any name. None is negative, unless ``label_mask_value`` is a class.
 
     Args:
         batch: a mapping; anything else has no mask.
@@ -263,7 +263,7 @@ def _text_masks(
     eva, label_mask = eva_config_of(config), None
     labels = token_labels_of(batch) if main is None else batch.get("labels")
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
-        label_mask = labels.cpu() != eva.label_mask_value
+        label_mask = _are_labelled(labels, eva.label_mask_value)
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_cached_prefix(main, shape)
@@ -273,6 +273,12 @@ def _text_masks(
         unpadded = main
         main = label_mask if main is None else _with_labels(main, label_mask)
     return main, decoder, unpadded
+
+
+def _are_labelled(labels: Tensor, ignored: float) -> Tensor:
+    """Return which tokens have a label; as no class is negative, such a value means all."""
+    labels = labels.cpu()
+    return labels >= 0 if ignored < 0 else labels != ignored
 
 
 def _with_labels(main: Tensor, label_mask: Tensor) -> Tensor:
@@ -300,8 +306,7 @@ def _labelled_step_mask(
         return (labels.cpu() != eva.label_mask_value).any(-1)
     if not _are_token_labels(labels, architecture.config):
         return None
-    given = labels.cpu()
-    labelled = given != eva.label_mask_value
+    given, labelled = labels.cpu(), _are_labelled(labels, eva.label_mask_value)
     for token in _label_padding(architecture):
         labelled &= given != token
     if not _has_rows_of_codes(labelled, num_samples):

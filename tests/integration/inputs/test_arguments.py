@@ -356,14 +356,16 @@ class Tagger(nn.Module):
 
 
 @pytest.mark.parametrize("by_function", [False, True])
+@pytest.mark.parametrize("ignored", [-100, -1], ids=["as torch", "as makemore"])
 @pytest.mark.parametrize("names", [None, ("ids", "y"), ("y", "ids")])
 def test_labels_under_any_name_mask_tokens_of_a_users_module(
-    names: tuple[str, str] | None, by_function: bool
+    names: tuple[str, str] | None, ignored: int, by_function: bool
 ) -> None:
-    """They may be the only sign of padding, as torch's loss ignores -100, too."""
+    """They may be the only sign of padding, as losses ignore negative ones, too."""
     config = lora(target_modules=["head"], tau=1.0)
     loader = [
-        (b["input_ids"], b["input_ids"].masked_fill(b["attention_mask"] == 0, -100)) for b in TEXTS
+        (b["input_ids"], b["input_ids"].masked_fill(b["attention_mask"] == 0, ignored))
+        for b in TEXTS
     ]
     batches: list[Any] = [*loader]
     if names is not None:
@@ -372,7 +374,7 @@ def test_labels_under_any_name_mask_tokens_of_a_users_module(
     options = {"forward_fn": lambda model, batch: model(batch[key])} if by_function else {}
     model = Tagger()
     result = run(model, iter(batches), config, method="gram", **options)
-    kept = torch.cat([ids[labels != -100] for ids, labels in loader])
+    kept = torch.cat([ids[labels != ignored] for ids, labels in loader])
     assert lost(result.components["head"], model.embedding(kept).detach().double()) < 1e-6
 
 
