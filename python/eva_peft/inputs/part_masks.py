@@ -96,8 +96,8 @@ class PartMaskHooks(CallHooks):
         make_mask: Callable[[Mapping[str, Any]], TokenMask],
         use_mask: Callable[..., TokenMask],
     ) -> None:
-        # some models call their own forward directly in the method that computes the loss
-        super().__init__(list(parts), make_mask, use_mask, list(parts)[:1], media_parts)
+        # some models call forward directly, that of their parts or their own
+        super().__init__(list(parts), make_mask, use_mask, list(parts), media_parts)
         self._first_mask_index = parts
         # cache of masks by the arguments, as every layer may be passed the same. These are held
         # weakly: a layer may have made them, and pairwise masks are large.

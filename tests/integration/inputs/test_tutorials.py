@@ -1,0 +1,38 @@
+"""Models that users write after tutorials, with the masks of these."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
+from integration.inputs.padding_blocks import EXACT, KEPT, batches
+
+
+def test_masks_apply_where_forward_of_parts_is_called_directly() -> None:
+    """As in codertimo's BERT, and BERT4Rec after it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.last(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.block, self.head = nn.Embedding(VOCABULARY, 16), Block(), Block()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            mask = (ids > 0)[:, None].repeat(1, ids.shape[1], 1)[:, None]
+            return self.head.last(self.block.forward(self.words(ids), mask))
+
+    data, names = batches(), ["block.last", "head.last"]
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6, name
+    assert not any("forward" in vars(part) for part in model.modules())
