@@ -37,7 +37,7 @@ __all__ = [
 _SEQUENCE_ID = "sequence_id"  # number of each token's sequence, negative for padding; or a mask
 # Names of masks of visible tokens, and suffixes of names of padding masks. Under other names only
 # masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
-# floating ones if additive; under the names in _GENERIC_MASKS also (B, T).
+# floating ones if additive; under the names in _GENERIC_MASKS also (B, T) and (B, T, 1).
 _ATTENTION_MASKS = ("attention_mask", "encoder_attention_mask", _SEQUENCE_ID)
 PADDING_MASK_SUFFIXES = ("padding_mask", "pad_mask")
 _GENERIC_MASKS = ("mask", "attn_mask", "context_mask")
@@ -143,8 +143,10 @@ def _may_be_token_mask(name: str, mask: Tensor) -> bool:
     """Tell whether a mask under an unknown name may say which tokens are visible."""
     if name.endswith(_LENGTH_SUFFIXES):
         return mask.dim() == 1
-    if not _may_be_mask_name(name) or mask.shape[-1:] == (1,):
+    if not _may_be_mask_name(name):
         return False
+    if mask.shape[-1:] == (1,):
+        return name in _GENERIC_MASKS and mask.dim() == 3
     if mask.dim() == 2:  # a square one may be pairwise: then each token sees itself
         if name not in _GENERIC_MASKS:
             return False
@@ -238,6 +240,8 @@ def _kept_tokens(
 ) -> Tensor | None:
     if name.endswith(_LENGTH_SUFFIXES):
         return mask_from_lengths(mask.cpu(), shape, sizes)
+    if mask.dim() == 3 and tuple(mask.shape) == (*shape, 1):
+        mask = mask[..., 0]
     if name in _GENERIC_MASKS and is_true_at_padding(mask):
         return ~mask.cpu()
     unknown_pairs = mask.dim() > 2 and not _is_known_mask_name(name)

@@ -36,3 +36,23 @@ def test_masks_apply_where_forward_of_parts_is_called_directly() -> None:
     for name, x in layer_inputs(model, data, names).items():
         assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6, name
     assert not any("forward" in vars(part) for part in model.modules())
+
+
+def test_mask_with_an_axis_of_features_applies() -> None:
+    """(B, N, 1), as in Deep Sets: it is multiplied with the features."""
+
+    class DeepSet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.phi, self.rho = nn.Linear(16, 16), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.rho((self.phi(x) * mask).sum(1))
+
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(3, 7, 16, generator=generator) for _ in range(4)]
+    for dtype in (torch.bool, torch.float32):
+        data = [(x, KEPT[..., None].to(dtype)) for x in sets]
+        result = run(DeepSet(), data, lora(tau=1.0, target_modules=["phi"]), **EXACT)
+        assert lost(result.components["phi"], torch.cat([x[KEPT] for x in sets]).double()) < 1e-6
