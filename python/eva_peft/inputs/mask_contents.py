@@ -56,16 +56,19 @@ def kept_by_attention(mask: Tensor) -> Tensor | None:
 def hides_where_true(mask: Tensor) -> bool:
     """Tell whether a mask is pairwise, (..., T, T), not additive, and true of what is hidden.
 
-    It is if not every token that others see sees itself, but every one in the inverted mask does.
+    It is if some token that others see does not see itself, or no token of a sample sees any, but
+    neither is so in the inverted mask.
     """
     if not is_pairwise(mask) or mask.shape[-2] != mask.shape[-1]:
         return False
-    inverted = not _seen_see_themselves(mask != 0) and _seen_see_themselves(mask == 0)
-    return inverted and not bool((mask < 0).any())
+    inverted = not _may_be_visible(mask != 0) and _may_be_visible(mask == 0)
+    return inverted and bool(mask.any()) and not bool((mask < 0).any())
 
 
-def _seen_see_themselves(visible: Tensor) -> bool:
-    return bool((visible.diagonal(dim1=-2, dim2=-1) | ~visible.any(-2)).all())
+def _may_be_visible(pairs: Tensor) -> bool:
+    seen = pairs.any(-2)
+    see_themselves = pairs.diagonal(dim1=-2, dim2=-1) | ~seen
+    return bool(see_themselves.all() and seen.any(-1).all())
 
 
 def _sees_padding(pairs: Tensor, kept: Tensor, additive: bool) -> bool:

@@ -190,9 +190,11 @@ class PartMaskHooks(CallHooks):
         self, outer: TokenMask, mask: TokenMask, cross_shape: tuple[int, ...] | None
     ) -> TokenMask:
         """Add to a part's mask those that earlier parts were passed of the tokens it attends to."""
-        if cross_shape is None or mask.cross_masks or not outer.from_parts:
+        if cross_shape is None or mask.cross_masks:
             return mask
-        earlier = [m for m in outer.masks if m is not None and m.shape == cross_shape]
+        assumed = outer.cross_masks if outer.main_is_assumed else ()
+        known = outer.masks if outer.from_parts else assumed
+        earlier = [m for m in known if m is not None and m.shape == cross_shape]
         return mask.with_unit_masks([*mask.unit_masks, *earlier]) if earlier else mask
 
     def _silent_mask(self, named_masks: Mapping[str, Any], shape: tuple[int, ...]) -> TokenMask:
@@ -232,7 +234,12 @@ def _is_relevant(argument: tuple[str, Any]) -> bool:
 
 
 def _with_inner_masks(outer: TokenMask, inner: TokenMask, skips_media_layers: bool) -> TokenMask:
-    """Add to a part's mask those of other shapes that a part within it was passed."""
+    """Add to a part's mask those of other shapes that a part within it was passed.
+
+    If that was passed the mask of the part's own tokens, they no longer need be assumed to count.
+    """
+    if outer.main_is_assumed and not inner.main_is_assumed and _are_of_one_shape(outer, inner):
+        return inner.with_part_masks(outer)
     known = _mask_shapes(outer)
     inner_masks = (inner.main, inner.decoder, *inner.unit_masks)
     new_masks = [mask for mask in inner_masks if mask is not None and mask.shape not in known]
@@ -241,6 +248,11 @@ def _with_inner_masks(outer: TokenMask, inner: TokenMask, skips_media_layers: bo
     extended = outer.with_unit_masks([*new_masks, *outer.unit_masks])
     extended.skips_media_layers = skips_media_layers
     return extended
+
+
+def _are_of_one_shape(first: TokenMask, second: TokenMask) -> bool:
+    main, other = first.main, second.main
+    return main is not None and other is not None and main.shape == other.shape
 
 
 def _takes_precedence(outer: TokenMask, mask: TokenMask) -> bool:

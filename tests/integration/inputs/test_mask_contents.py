@@ -16,6 +16,7 @@ from eva_peft.inputs.mask_contents import (
 
 LOWER = torch.ones(3, 3).tril()  # causal, or three samples of one, two and three tokens
 SHORT = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 1]])
+HIDING = 1 - SHORT[:, None].expand(3, 3, 3)  # true at the keys to hide, as in graykode's tutorials
 PADDED = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
 
 
@@ -27,8 +28,18 @@ PADDED = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
         (LOWER[:, None, None], LOWER),
         (SHORT, SHORT),
         (PADDED, PADDED),
+        (HIDING, SHORT),
+        (HIDING.bool(), SHORT),
     ],
-    ids=["causal", "rows", "rows of all heads", "short samples", "long samples"],
+    ids=[
+        "causal",
+        "rows",
+        "rows of all heads",
+        "short samples",
+        "long samples",
+        "hiding",
+        "hiding, boolean",
+    ],
 )
 def test_causal_masks_are_told_from_padding(mask: Tensor, kept: Tensor | None) -> None:
     found = kept_by_attention(mask)

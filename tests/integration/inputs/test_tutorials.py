@@ -9,6 +9,85 @@ from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
 from integration.inputs.padding_blocks import EXACT, KEPT, batches
 
 
+class HidingAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.W_Q, self.W_K = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, Q: Tensor, K: Tensor, attn_mask: Tensor) -> Tensor:
+        scores = self.W_Q(Q) @ self.W_K(K).mT
+        return Q + scores.masked_fill(attn_mask, -1e9).softmax(-1) @ K
+
+
+def hide_padding(queries: Tensor, keys: Tensor) -> Tensor:
+    return (keys == 0)[:, None].expand(-1, queries.shape[1], -1)
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = HidingAttention(), nn.Linear(16, 16)
+
+    def forward(self, enc_inputs: Tensor, enc_self_attn_mask: Tensor) -> Tensor:
+        return self.last(self.attention(enc_inputs, enc_inputs, enc_self_attn_mask))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other, self.last = HidingAttention(), HidingAttention(), nn.Linear(16, 16)
+
+    def forward(
+        self, dec_inputs: Tensor, enc_outputs: Tensor, dec_self_attn_mask: Tensor, cross: Tensor
+    ) -> Tensor:
+        x = self.own(dec_inputs, dec_inputs, dec_self_attn_mask)
+        return self.last(self.other(x, enc_outputs, cross))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(VOCABULARY, 16), EncoderLayer()
+
+    def forward(self, enc_inputs: Tensor) -> Tensor:
+        return self.layer(self.words(enc_inputs), hide_padding(enc_inputs, enc_inputs))
+
+
+class Decoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(VOCABULARY, 16), DecoderLayer()
+
+    def forward(self, dec_inputs: Tensor, enc_inputs: Tensor, enc_outputs: Tensor) -> Tensor:
+        own = hide_padding(dec_inputs, dec_inputs)
+        causal = torch.ones_like(own[0]).triu(1)
+        cross = hide_padding(dec_inputs, enc_inputs)
+        return self.layer(self.words(dec_inputs), enc_outputs, own | causal, cross)
+
+
+def test_pair_masks_true_of_what_is_hidden_apply_to_encoder_and_decoder() -> None:
+    """As in graykode's and wmathor's tutorials: made in forward, passed to each layer."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.encoder, self.decoder = Encoder(), Decoder()
+            self.projection = nn.Linear(16, 5)
+
+        def forward(self, source: Tensor, target: Tensor) -> Tensor:
+            return self.projection(self.decoder(target, source, self.encoder(source)))
+
+    data = [{"source": b["ids"], "target": b["ids"].flip(0)[:, :5]} for b in batches()]
+    source = ["encoder.layer.attention.W_Q", "encoder.layer.last", "decoder.layer.other.W_K"]
+    target = ["decoder.layer.own.W_K", "decoder.layer.other.W_Q", "decoder.layer.last"]
+    names, model = [*source, *target, "projection"], Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=names), **EXACT)
+    for name, x in layer_inputs(model, data, names).items():
+        kept = KEPT if name in source else KEPT.flip(0)[:, :5]
+        assert lost(result.components[name], x[kept.flatten().repeat(4)]) < 1e-6, name
+
+
 def test_masks_apply_where_forward_of_parts_is_called_directly() -> None:
     """As in codertimo's BERT, and BERT4Rec after it."""
 
