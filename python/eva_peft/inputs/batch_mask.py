@@ -253,7 +253,7 @@ def _text_masks(
         has_decoder: there is an encoder and a decoder.
     """
     main = _attention_mask(batch, warned)
-    decoder = token_mask(batch.get("decoder_attention_mask"))
+    decoder = token_mask(batch.get("decoder_attention_mask", batch.get("decoder_mask")))
     if has_decoder:
         num_samples = next((len(mask) for mask in (main, decoder) if mask is not None), 0)
         labelled = _labelled_step_mask(batch.get("labels"), config, architecture, num_samples)

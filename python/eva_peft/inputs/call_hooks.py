@@ -157,8 +157,11 @@ class ModelCallHooks(CallHooks):
         if self._open_calls[-1][0] is not module:  # an earlier hook failed, so ours did not run
             return
         _, mask, enclosing = self._open_calls.pop()
+        in_use = self._use_mask()
         if module is not self._base and mask.has_token_masks:
             enclosing = enclosing.after_part(mask, module not in self._media_parts)
+        elif in_use.from_parts and not enclosing.has_token_masks:
+            enclosing = in_use  # a function of the user's may call the head by itself
         self._use_mask(enclosing)
 
     def _mask_of_part(self, arguments: dict[str, Any]) -> TokenMask:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -135,3 +138,40 @@ def test_mask_with_an_axis_of_features_applies() -> None:
         data = [(x, KEPT[..., None].to(dtype)) for x in sets]
         result = run(DeepSet(), data, lora(tau=1.0, target_modules=["phi"]), **EXACT)
         assert lost(result.components["phi"], torch.cat([x[KEPT] for x in sets]).double()) < 1e-6
+
+
+@pytest.mark.parametrize("outside", ["head of a model", "all of a model without forward"])
+def test_masks_apply_to_a_head_that_a_function_calls(outside: str) -> None:
+    """As in The Annotated Transformer's loss, and with Umar Jamil's encode, decode and project."""
+
+    class Block(nn.Module):
+        def forward(self, x: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
+            return x
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.block, self.head = (
+                nn.Embedding(VOCABULARY, 16),
+                Block(),
+                nn.Linear(16, 5),
+            )
+
+        def forward(self, decoder_input: Tensor, src_mask: Tensor, tgt_mask: Tensor) -> Tensor:
+            return self.block(self.words(decoder_input), src_mask, tgt_mask)
+
+    def function(model: Any, batch: dict[str, Tensor]) -> None:
+        decode = model if outside == "head of a model" else model.forward
+        ids, *masks = (batch[key] for key in ("decoder_input", "encoder_mask", "decoder_mask"))
+        model.head(decode(ids, *masks))
+
+    kept, causal = KEPT.flip(0), torch.ones(7, 7).tril()
+    masks = {"encoder_mask": KEPT[:, None, None].int()}
+    masks["decoder_mask"] = (kept[:, None, None] * causal).int()
+    data = [{"decoder_input": b["ids"].flip(0), **masks} for b in batches()]
+    model = Model().eval()
+    config = lora(tau=1.0, target_modules=["head"])
+    result = run(model, data, config, forward_fn=function, **EXACT)
+    x = torch.cat([model.words(b["decoder_input"])[kept] for b in data])
+    assert lost(result.components["head"], x.detach().double()) < 1e-6
