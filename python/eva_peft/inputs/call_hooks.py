@@ -58,6 +58,7 @@ class CallHooks:
         self._media_parts = media_parts
         # stack of open calls: the module, the mask used in it, and the one around it
         self._open_calls: list[tuple[nn.Module | None, TokenMask, TokenMask]] = []
+        self._hooked: nn.Module | None = None  # whose hooks have run, and whose forward is next
 
     def registered(self) -> AbstractContextManager[None]:
         """Return a context within which the hooks are registered."""
@@ -65,14 +66,14 @@ class CallHooks:
 
     def _register(self) -> None:
         for part in self._parts:
-            part.register_forward_pre_hook(self._before_call, prepend=True, with_kwargs=True)
+            part.register_forward_pre_hook(self._pre_hook, prepend=True, with_kwargs=True)
             part.register_forward_hook(self._after_call, always_call=True)
         for part, _ in self._own_forwards:
             part.forward = self._wrapped_forward(part, part.forward)
 
     def _unregister(self) -> None:
         for part in self._parts:
-            remove_hook(part, self._before_call)
+            remove_hook(part, self._pre_hook)
             remove_hook(part, self._after_call)
         for part, own in self._own_forwards:
             vars(part).pop("forward", None)
@@ -82,8 +83,8 @@ class CallHooks:
     def _wrapped_forward(self, part: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            # the hooks have seen this call
-            if any(module is part for module, *_ in self._open_calls):
+            hooked, self._hooked = self._hooked, None
+            if hooked is part or any(module is part for module, *_ in self._open_calls):
                 return forward(*args, **kwargs)
             self._before_call(part, args, kwargs)
             try:
@@ -92,6 +93,10 @@ class CallHooks:
                 self._after_call(part, args, None)
 
         return wrapper
+
+    def _pre_hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._before_call(module, args, kwargs)
+        self._hooked = module
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -58,6 +58,8 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
 
 def _first_mask_index(part: nn.Module) -> int | None:
     """Return the number of arguments before the first of interest; ``None`` if there is none."""
+    if isinstance(part, torch.jit.ScriptModule):
+        return None  # takes no hooks
     if isinstance(part, nn.RNNBase):
         return 0  # a packed sequence has lengths
     signature, wrapped = forward_signature(part), _base_layer_of(part)

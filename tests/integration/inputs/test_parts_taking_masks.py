@@ -87,6 +87,21 @@ def test_nested_and_sparse_masks_are_ignored(kind: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_parts_take_no_hooks() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.reads = nn.Embedding(VOCABULARY, 16), torch.jit.script(MaskedLinear())
+            self.last = nn.Linear(16, 4)
+
+        def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+            return self.last(self.reads(self.words(ids), lengths, KEPT))
+
+    result = run(Model().eval(), batches(lengths=True), lora(target_modules=["last"]), **EXACT)
+    assert result.tokens == 4 * int(KEPT.sum())
+
+
 CONTEXT_MASK = torch.arange(5) < torch.tensor([2, 3, 5])[:, None]
 CONTEXT_TOKENS = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
 
