@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -87,7 +87,7 @@ def with_other_padding(batch: Any, model: nn.Module) -> tuple[Any, list[str]]:
             elif (other := _with_another_token(value, positions, special)) is not None:
                 changed[key] = other
     parts = {key: _like_original(changed.get(key, whole[key]), part) for key, part in named.items()}
-    return _rebuilt_batch(batch, named, parts), list(map(str, changed))
+    return _rebuilt_batch(batch, named, parts, changed), list(map(str, changed))
 
 
 def _like_original(value: Any, original: Any) -> Any:
@@ -98,10 +98,13 @@ def _like_original(value: Any, original: Any) -> Any:
     return value
 
 
-def _rebuilt_batch(batch: Any, named: Mapping[Any, Any], parts: dict[Any, Any]) -> Any:
+def _rebuilt_batch(
+    batch: Any, named: Mapping[Any, Any], parts: dict[Any, Any], changed: Iterable[Any]
+) -> Any:
     """Return a batch of the same type, which a user's function may rely on, with new parts."""
     if isinstance(batch, (tuple, list)):
-        new_parts = {id(named[key]): part for key, part in parts.items()}
+        # one tensor may have two names: ids that are also labels
+        new_parts = {id(named[key]): parts[key] for key in (*parts, *changed)}
         every: list[Any] = [new_parts.get(id(part), part) for part in batch]
         return type(batch)(*every) if hasattr(batch, "_fields") else type(batch)(every)
     if not isinstance(batch, Mapping):

@@ -265,6 +265,7 @@ BY_FIELD = {
 }
 BATCH_KINDS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], dict[str, Any]]] = {
     "tuple": (lambda batch: tuple(batch.values()), BY_INDEX),
+    "ids as labels": (lambda batch: (*batch.values(), batch["input_ids"]), BY_INDEX),
     "dataclass": (lambda batch: Fields(**batch), BY_FIELD),
     "encoding": (BatchEncoding, BY_FIELD),
     "lists": (lambda batch: {k: v.tolist() for k, v in batch.items()}, {}),
