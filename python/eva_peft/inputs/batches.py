@@ -16,6 +16,7 @@ from ..model.architecture import Architecture
 from ..surroundings.devices import copy_to_device
 from .mask_contents import is_contiguous
 from .media_masks import is_image_key
+from .roles import may_be_ids
 
 __all__ = [
     "as_mapping",
@@ -150,9 +151,7 @@ def samples_and_elements(batch: Any) -> tuple[int, int]:
 
 def first_ids(batch: Any) -> Tensor | None:
     """Return the first tensor of several samples in a batch, (B, T), that may be token ids."""
-    dense = (v for v in _tensors(batch) if v.layout == torch.strided and not v.is_nested)
-    integers = (v for v in dense if v.dtype in (torch.int32, torch.int64))
-    return next((v for v in integers if v.dim() == 2 and v.numel() and len(v) > 1), None)
+    return next((v for v in _tensors(batch) if may_be_ids(v) and v.numel() and len(v) > 1), None)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "has_decoder_inputs",
     "has_ids_like",
     "is_decoder_input",
+    "may_be_ids",
     "may_be_mask",
     "token_labels_of",
 ]
@@ -55,12 +57,12 @@ def token_labels_of(batch: Any) -> Any:
     """
     if isinstance(batch, Mapping):
         return batch["labels"] if "labels" in batch else _labels_among(batch.values())
-    begins_with_ids = isinstance(batch, (tuple, list)) and batch and _may_be_ids(batch[0])
+    begins_with_ids = isinstance(batch, (tuple, list)) and batch and may_be_ids(batch[0])
     return _labels_among(batch) if begins_with_ids else None
 
 
 def _labels_among(parts: Iterable[Any]) -> Tensor | None:
-    candidates = [part for part in parts if _may_be_ids(part)]
+    candidates = [part for part in parts if may_be_ids(part)]
     if len(candidates) < 2:
         return None  # without a read
     pairs = [(part, bool((part < 0).any())) for part in candidates]
@@ -68,8 +70,11 @@ def _labels_among(parts: Iterable[Any]) -> Tensor | None:
     return next((part for part, negative in pairs if negative and part.shape == shape), None)
 
 
-def _may_be_ids(part: Any) -> TypeGuard[Tensor]:
-    return isinstance(part, Tensor) and part.dim() == 2 and not part.is_floating_point()
+def may_be_ids(part: Any) -> TypeGuard[Tensor]:
+    """Tell whether a part of a batch may be token ids, (B, T)."""
+    if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_nested:
+        return False
+    return part.dim() == 2 and part.dtype in (torch.int32, torch.int64)
 
 
 def may_be_mask(part: Tensor) -> bool:

@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForTokenClassification
 
 from eva_kernels import EvaTypeError
 from eva_peft.inputs.arguments import as_one_argument, positional_to_named
+from eva_peft.inputs.roles import token_labels_of
 from eva_peft.model.architecture import forward_signature
 from integration.conftest import (
     VOCABULARY,
@@ -376,6 +377,20 @@ def test_labels_under_any_name_mask_tokens_of_a_users_module(
     result = run(model, iter(batches), config, method="gram", **options)
     kept = torch.cat([ids[labels != ignored] for ids, labels in loader])
     assert lost(result.components["head"], model.embedding(kept).detach().double()) < 1e-6
+
+
+NO_LABELS = {
+    "sparse": torch.eye(2, 4, dtype=torch.long).to_sparse(),
+    "uint16": MASK.to(torch.uint16),
+    "complex": VALUES.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", NO_LABELS)
+@pytest.mark.parametrize("named", [False, True])
+def test_parts_that_are_no_labels_are_not_compared(kind: str, named: bool) -> None:
+    parts = {"ids": IDS, "more_ids": IDS, "y": NO_LABELS[kind]}
+    assert token_labels_of(parts if named else tuple(parts.values())) is None
 
 
 @pytest.mark.parametrize("third", ["class of each token", "types"])
