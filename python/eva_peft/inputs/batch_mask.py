@@ -261,9 +261,11 @@ def _text_masks(
             decoder = _all_steps_mask(batch, num_samples)  # else main would be used if as long
         return main, _decoder_mask(batch, decoder, labelled, architecture), None
     eva, label_mask = eva_config_of(config), None
-    labels = token_labels_of(batch) if main is None else batch.get("labels")
+    labels = token_labels_of(batch)
     if eva.use_label_mask and _are_token_labels(labels, architecture.config):
         label_mask = _are_labelled(labels, eva.label_mask_value)
+        if main is None and label_mask.all():
+            label_mask = None  # the model may still tell its parts of padding
     shape = _token_shape(batch, main)
     if main is not None and shape is not None:
         main = _without_cached_prefix(main, shape)

@@ -51,12 +51,13 @@ def has_ids_like(mask: Tensor | None, arguments: Mapping[str, Any]) -> bool:
 
 
 def token_labels_of(batch: Any) -> Any:
-    """Return the part of a batch that labels its token ids, negative where there is no label.
+    """Return the part of a batch that labels its token ids, with one negative number for no label.
 
-    In a mapping that is ``labels``, whatever it holds; otherwise the name does not matter.
+    In a mapping that is ``labels``, whatever it holds, or without masks a part under any name.
     """
     if isinstance(batch, Mapping):
-        return batch["labels"] if "labels" in batch else _labels_among(batch.values())
+        named = "labels" in batch or any("mask" in str(key) for key in batch)
+        return batch.get("labels") if named else _labels_among(batch.values())
     begins_with_ids = isinstance(batch, (tuple, list)) and batch and may_be_ids(batch[0])
     return _labels_among(batch) if begins_with_ids else None
 
@@ -65,9 +66,10 @@ def _labels_among(parts: Iterable[Any]) -> Tensor | None:
     candidates = [part for part in parts if may_be_ids(part)]
     if len(candidates) < 2:
         return None  # without a read
-    pairs = [(part, bool((part < 0).any())) for part in candidates]
-    shape = next((part.shape for part, negative in pairs if not negative), None)
-    return next((part for part, negative in pairs if negative and part.shape == shape), None)
+    pairs = [(part, len(part[part < 0].unique())) for part in candidates]
+    shape = next((part.shape for part, negatives in pairs if negatives == 0), None)
+    labels = (part for part, negatives in pairs if negatives == 1 and part.shape == shape)
+    return next(labels, None)
 
 
 def may_be_ids(part: Any) -> TypeGuard[Tensor]:

@@ -432,3 +432,33 @@ def test_mask_of_a_users_model_may_be_true_at_padding() -> None:
     assert result.tokens == 4 * int(KEPT.sum())
     for layer in check_padding(model, data[0], lora(target_modules=names)).layers.values():
         assert (layer.counted, layer.padding_counted) == (int(KEPT.sum()), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("y", torch.where(KEPT, 1, -1)),
+        ("y", torch.arange(-110, KEPT.numel() - 110).reshape(KEPT.shape)),
+        ("labels", KEPT.long()),
+    ],
+    ids=["another number for no label", "negative numbers", "labels of every token"],
+)
+def test_targets_that_hide_no_token_leave_the_masks_of_parts_in_force(
+    name: str, targets: Tensor
+) -> None:
+    class Model(HidingModel):
+        def forward(self, ids: Tensor, y: Any = None, labels: Any = None) -> Tensor:
+            return super().forward(ids, ids == 0)
+
+    data = [{**batch, name: targets} for batch in batches()]
+    config = lora(tau=1.0, target_modules=["linear1", "last"])
+    assert run(Model().eval(), data, config, **EXACT).tokens == 4 * int(KEPT.sum())
+
+
+def test_labels_under_another_name_do_not_restrict_a_mask_in_the_batch() -> None:
+    """Masked words under any name but labels, with the padding as the model is told."""
+    config = lora(tau=1.0, target_modules=["query"])
+    targets = torch.where(torch.arange(KEPT.shape[1]) == 1, 3, -100).expand(KEPT.shape)
+    data = [{**batch, "mask": KEPT.long(), "words": targets} for batch in batches()]
+    options = {"forward_fn": lambda model, b: model(b["ids"], attention_mask=b["mask"])}
+    assert run(make_bert(), data, config, **options, **EXACT).tokens == 4 * int(KEPT.sum())
