@@ -406,11 +406,11 @@ def _num_cached_tokens(batch: Mapping[str, Any]) -> int:
 def _is_multimodal(batch: Mapping[str, Any]) -> bool:
     """Tell whether a batch with text also holds other modalities.
 
-    Beside ids under a name of the user's, which have the shape of the mask, these are images only.
+    Beside ids under a name of the user's, which have the shape of the mask, (B, D) may be targets.
     """
     given = (batch.get(key) for key in ("input_ids", "inputs_embeds"))
     text = next((value for value in given if isinstance(value, Tensor)), None)
-    least_dims = 2 if text is not None else 4
+    least_dims = 2 if text is not None else 3
     if text is None and isinstance(mask := batch.get("attention_mask"), Tensor):
         inputs = {k: v for k, v in batch.items() if k != "attention_mask"}
         text = mask if has_ids_like(mask, inputs) else None

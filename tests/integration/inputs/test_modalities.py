@@ -213,10 +213,11 @@ class ImagesAndText(nn.Module):
 
 
 @pytest.mark.filterwarnings("error::eva_kernels.EvaWarning")
-def test_mask_of_text_that_forward_fn_passes_behind_images() -> None:
+@pytest.mark.parametrize("size", [(3, 3), (9,)], ids=["images", "spectra"])
+def test_mask_of_text_that_forward_fn_passes_behind_other_media(size: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model, names, ids = ImagesAndText(), ["visual", "text.0", "text.2"], text()["input_ids"]
-    inputs = [{"image": torch.randn(SAMPLES, 16, 3, 3), "text": ids.roll(i, 0)} for i in range(4)]
+    inputs = [{"image": torch.randn(SAMPLES, 16, *size), "text": ids.roll(i, 0)} for i in range(4)]
     data = [{**b, "attention_mask": MASK.roll(i, 0).long()} for i, b in enumerate(inputs)]
     result = run(
         model,
