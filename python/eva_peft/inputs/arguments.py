@@ -49,6 +49,7 @@ _NO_TENSORS = re.compile(
     r"past_key_values|cache|cache_params|mems|use_cache|return_dict|output_(attentions|hidden_states)"
 )
 _FEATURES = ("inputs_embeds", "encoder_hidden_states", "pixel_values", "input_features")
+_PER_TOKEN = ("token_type_ids", "position_ids")
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -106,6 +107,8 @@ def _raise_if_mask_misplaced(
     if not misfits or "attention_mask" in named:
         return
     parameter, part = misfits[0]
+    if parameter.name in _PER_TOKEN:
+        return  # positions and types may be ones and zeros, too
     ids = next(iter(named.values()))
     if isinstance(ids, Tensor) and part.shape == ids.shape and may_be_mask(part):
         raise _refusal_error(f"a mask in place of {parameter.name}", base)
@@ -186,14 +189,9 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
         return False
     if "mask" in parameter.name:
         return not may_be_mask(part)
-    if _NO_TENSORS.fullmatch(parameter.name):
+    if config is not None and _is_misfit_of_transformers(parameter.name, part):
         return True
-    if parameter.name in _FEATURES and part.dim() < 3:  # a module of the user's may take (B, D)
-        rows = part.dim() == 2 and part.is_floating_point()
-        return not rows or parameter.name == "inputs_embeds"
-    if is_decoder_input(parameter.name):  # it has no negative token, as labels of tokens have
-        return part.dim() < 2 or (not part.is_floating_point() and bool((part < 0).any()))
-    if not isinstance(inputs, Tensor) or parameter.name not in ("token_type_ids", "position_ids"):
+    if not isinstance(inputs, Tensor) or parameter.name not in _PER_TOKEN:
         return False
     if part.shape != inputs.shape or part.is_floating_point():
         return True
@@ -207,6 +205,16 @@ def _cannot_be_value(parameter: inspect.Parameter, part: Any, inputs: Any, confi
     ):
         return True
     return bool((part < 0).any()) or torch.equal(part, inputs)
+
+
+def _is_misfit_of_transformers(name: str, part: Tensor) -> bool:
+    """Tell whether a tensor cannot be the argument of that name of a model of transformers."""
+    if name in _FEATURES:  # a module of the user's with a config may take (B, D)
+        rows = part.dim() == 2 and part.is_floating_point()
+        return part.dim() < 3 and (not rows or name == "inputs_embeds")
+    if is_decoder_input(name):  # it has no negative token, as labels of tokens have
+        return part.dim() < 2 or (not part.is_floating_point() and bool((part < 0).any()))
+    return _NO_TENSORS.fullmatch(name) is not None
 
 
 def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

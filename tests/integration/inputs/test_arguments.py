@@ -16,12 +16,9 @@ from transformers import BertConfig, BertForTokenClassification
 
 from eva_kernels import EvaTypeError
 from eva_peft.inputs.arguments import as_one_argument, positional_to_named
-from eva_peft.inputs.roles import token_labels_of
 from eva_peft.model.architecture import forward_signature
 from integration.conftest import (
-    VOCABULARY,
     lora,
-    lost,
     make_llama,
     make_mlp,
     run,
@@ -201,9 +198,30 @@ def test_positional_parts_are_assigned_to_arguments(case: str, kind: Any) -> Non
 
 def test_mask_in_place_of_a_cache_is_refused() -> None:
     model: Any = nn.Module()
-    model.forward = takes_cache
+    model.forward, model.config = takes_cache, SimpleNamespace()
     with pytest.raises(EvaTypeError, match="a batch with a mask in place of past_key_values"):
         positional_to_named((IDS, MASK, LABELS), model)
+
+
+def test_module_without_config_may_take_a_tensor_as_its_cache() -> None:
+    model: Any = nn.Module()
+    model.forward = takes_cache
+    found = positional_to_named((IDS, VALUES, MASK), model)
+    assert {name: id(part) for name, part in found.items()} == {
+        "input_ids": id(IDS),
+        "past_key_values": id(VALUES),
+        "attention_mask": id(MASK),
+    }
+
+
+def test_positions_of_ones_and_zeros_are_no_misplaced_mask() -> None:
+    model: Any = nn.Module()
+    model.forward, model.config = takes_positions, SimpleNamespace()
+    ids, positions = IDS[:, :2], torch.arange(2).expand(2, 2)
+    assert positional_to_named((ids, positions), model) == (ids,)
+
+
+def takes_positions(input_ids: Tensor, position_ids: Any = None) -> None: ...
 
 
 def takes_features(features: dict[str, Any], scale: float = 1.0) -> None: ...
@@ -342,55 +360,6 @@ def test_labels_in_a_tuple_mask_tokens(parts: tuple[str, ...]) -> None:
     expected = run(make_llama(), iter([{k: b[k] for k in kept} for b in texts]), config)
     assert result.tokens == expected.tokens
     assert all("position_ids" not in names for names in received)
-
-
-class Tagger(nn.Module):
-    """A module of the user's that takes token ids, and targets by a name of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding, self.head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, 5)
-
-    def forward(self, ids: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.head(self.embedding(ids))
-
-
-@pytest.mark.parametrize("by_function", [False, True])
-@pytest.mark.parametrize("ignored", [-100, -1], ids=["as torch", "as makemore"])
-@pytest.mark.parametrize("names", [None, ("ids", "y"), ("y", "ids")])
-def test_labels_under_any_name_mask_tokens_of_a_users_module(
-    names: tuple[str, str] | None, ignored: int, by_function: bool
-) -> None:
-    """They may be the only sign of padding, as losses ignore negative ones, too."""
-    config = lora(target_modules=["head"], tau=1.0)
-    loader = [
-        (b["input_ids"], b["input_ids"].masked_fill(b["attention_mask"] == 0, ignored))
-        for b in TEXTS
-    ]
-    batches: list[Any] = [*loader]
-    if names is not None:
-        batches = [{name: {"ids": ids, "y": y}[name] for name in names} for ids, y in loader]
-    key = 0 if names is None else "ids"
-    options = {"forward_fn": lambda model, batch: model(batch[key])} if by_function else {}
-    model = Tagger()
-    result = run(model, iter(batches), config, method="gram", **options)
-    kept = torch.cat([ids[labels != ignored] for ids, labels in loader])
-    assert lost(result.components["head"], model.embedding(kept).detach().double()) < 1e-6
-
-
-NO_LABELS = {
-    "sparse": torch.eye(2, 4, dtype=torch.long).to_sparse(),
-    "uint16": MASK.to(torch.uint16),
-    "complex": VALUES.to(torch.complex64),
-}
-
-
-@pytest.mark.parametrize("kind", NO_LABELS)
-@pytest.mark.parametrize("named", [False, True])
-def test_parts_that_are_no_labels_are_not_compared(kind: str, named: bool) -> None:
-    parts = {"ids": IDS, "more_ids": IDS, "y": NO_LABELS[kind]}
-    assert token_labels_of(parts if named else tuple(parts.values())) is None
 
 
 @pytest.mark.parametrize("third", ["class of each token", "types"])
