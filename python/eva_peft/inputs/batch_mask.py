@@ -14,7 +14,7 @@ from .._peft_compat import LoraConfig, eva_config_of
 from ..errors import EvaValueError, warn
 from ..model.architecture import Architecture
 from .batches import as_mapping
-from .mask_contents import FEW, hides_where_true
+from .mask_contents import FEW, hides_where_true, is_right_padded
 from .media_masks import (
     audio_mask_of,
     has_audio,
@@ -69,7 +69,9 @@ def mask_of_batch(
     """
     warned = set() if warned is None else warned
     if not isinstance(batch, Mapping):
-        return TokenMask(None)
+        mask = TokenMask(None)
+        mask.warned = warned
+        return mask
     batch = _with_prompt_mask(_with_token_masks(batch))
     # for custom models, only the batch shows whether there is a decoder
     has_decoder = "decoder_attention_mask" in batch or has_decoder_inputs(batch)
@@ -202,19 +204,15 @@ def split_joint_mask(
         return {}
     orders = joint.split(sizes, 1), joint.split(sizes[::-1], 1)[::-1]
     for own_mask, prompt_mask in orders:
-        one_sided = _is_right_padded(prompt_mask) or _is_right_padded(prompt_mask.flip(1))
+        one_sided = is_right_padded(prompt_mask) or is_right_padded(prompt_mask.flip(1))
         if own_mask.all() and one_sided:
             named = {} if own_mask.shape == prompt_mask.shape else {"attention_mask": own_mask}
             return {**named, "encoder_attention_mask": prompt_mask, _JOINT_MASK: joint}
     for own_mask, prompt_mask in orders:
-        if _is_right_padded(own_mask) and _is_right_padded(prompt_mask):
+        if is_right_padded(own_mask) and is_right_padded(prompt_mask):
             named = {"attention_mask": own_mask, "encoder_attention_mask": prompt_mask}
             return {**named, _JOINT_MASK: joint}
     return {}
-
-
-def _is_right_padded(kept: Tensor) -> bool:
-    return bool((kept[:, 1:] <= kept[:, :-1]).all())
 
 
 def _unit_masks(batch: Mapping[str, Any], token_masks: Sequence[Tensor]) -> list[Tensor]:

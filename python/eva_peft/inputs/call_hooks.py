@@ -143,7 +143,7 @@ class ModelCallHooks(CallHooks):
         base_first = [base] if self.hooks_base and base not in inner else []
         super().__init__([*base_first, *inner], make_mask, use_mask, inner, media_parts)
         values = batch if isinstance(batch, Mapping) else {}
-        self._labels = token_labels_of(batch)
+        self._labels = token_labels_of(batch)  # now, since the function may take them out
         self._attention_mask = values.get("attention_mask")
         self._base, self._batch_mask, self._on_model_call = base, batch_mask, on_model_call
         self._open_calls.append((None, batch_mask, batch_mask))

@@ -12,6 +12,7 @@ __all__ = [
     "hides_where_true",
     "is_contiguous",
     "is_pairwise",
+    "is_right_padded",
     "is_true_at_padding",
     "kept_by_attention",
     "kept_by_padding",
@@ -90,8 +91,8 @@ def is_true_at_padding(mask: Tensor) -> bool:
     mask = mask.cpu()
     if mask.shape[0] == mask.shape[1] and not mask.tril().any():
         return False  # as many samples as tokens, or pairwise
-    on_the_right = (mask[:, 1:] >= mask[:, :-1]).all() & ~mask[:, 0].any()
-    return bool(on_the_right & (~mask).all(1).any())
+    kept = ~mask
+    return is_right_padded(kept) and bool(kept[:, 0].all() & kept.all(1).any())
 
 
 def kept_by_padding(mask: Tensor) -> Tensor | None:
@@ -140,6 +141,11 @@ def mask_from_lengths(
 def is_pairwise(mask: Tensor) -> bool:
     """Tell whether a mask is pairwise: it has a row for each token, not one for all."""
     return mask.dim() > 2 and mask.shape[-2] > 1
+
+
+def is_right_padded(kept: Tensor) -> bool:
+    """Tell whether no token of a sample, bool (B, T), is kept behind one that is not."""
+    return bool((kept[:, 1:] <= kept[:, :-1]).all())
 
 
 def is_contiguous(kept: Tensor) -> bool:

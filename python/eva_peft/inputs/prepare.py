@@ -141,7 +141,7 @@ class Preparer:
         mask = mask_of_batch(batch, self._config, self._architecture, self._warned)
         mask.sequence_first = self._sequence_first
         if batch_number == 0 and not (self._is_of_transformers or mask.has_token_masks):
-            mask.warned, ids = self._warned, batches.first_ids(batch)
+            ids = batches.first_ids(batch)
             mask.seem_kept = None if ids is None else seem_kept(ids.cpu())
         return mask
 

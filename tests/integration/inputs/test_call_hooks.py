@@ -160,13 +160,16 @@ def test_inner_model_is_masked_after_its_pre_hook_has_failed() -> None:
         assert lost(result.components[f"second.{name}"], rows) < 1e-5, name
 
 
-def test_labels_not_passed_on_by_forward_fn_still_mask() -> None:
+@pytest.mark.parametrize("taken_out", [False, True])  # as Trainer.compute_loss does
+def test_labels_not_passed_on_by_forward_fn_still_mask(taken_out: bool) -> None:
     texts = text_batches(4, labels=True)
     for batch in texts:
         batch["labels"][:, :4] = -100
     expected = run(make_llama(), texts, Q_PROJ, **EXACT)
 
     def forward(model: nn.Module, batch: dict[str, Tensor]) -> None:
+        if taken_out:
+            batch.pop("labels")
         model(**{key: value for key, value in batch.items() if key != "labels"})
 
     assert_same(run(make_llama(), texts, Q_PROJ, forward_fn=forward, **EXACT), expected)
