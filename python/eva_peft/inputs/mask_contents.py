@@ -16,6 +16,7 @@ __all__ = [
     "is_true_at_padding",
     "kept_by_attention",
     "kept_by_padding",
+    "kept_by_padding_idx",
     "mask_from_lengths",
     "seem_kept",
 ]
@@ -108,6 +109,23 @@ def kept_by_padding(mask: Tensor) -> Tensor | None:
     if not _keeps_every_sample(kept):
         kept = ~kept
     return kept if _keeps_every_sample(kept) else None
+
+
+def kept_by_padding_idx(ids: Tensor, padding_idx: int) -> Tensor | None:
+    """Return which token ids, (B, T), are no padding, bool (B, T); ``None`` if all are padding.
+
+    If every sample begins with a single ``padding_idx``, that counts: it begins a text, as a
+    transducer's blank does.
+
+    Args:
+        padding_idx: of the embedding that reads them, see :class:`torch.nn.Embedding`.
+    """
+    kept = ids.cpu() != padding_idx
+    if not kept.any():
+        return None
+    if kept.shape[1] > 1 and kept[:, 1].all() and not kept[:, 0].any():
+        kept[:, 0] = True
+    return kept
 
 
 def seem_kept(ids: Tensor) -> Tensor | None:

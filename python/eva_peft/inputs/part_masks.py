@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._peft_compat import base_model_of
-from ..model.architecture import forward_signature
+from ..model.architecture import forward_signature, is_defined_in_transformers
+from ..model.parts import outermost_modules
 from .call_hooks import CallHooks, named_arguments
 from .fits import version_of
+from .mask_contents import kept_by_padding_idx
 from .part_arguments import (
     attended_shape,
     attended_tokens,
@@ -25,6 +27,7 @@ from .part_arguments import (
     text_or_decoder_inputs,
     token_shape,
 )
+from .roles import may_be_ids
 from .token_mask import TokenMask
 
 __all__ = ["PartMaskHooks", "parts_taking_masks"]
@@ -37,15 +40,16 @@ _OWN_MASKS |= {"src_key_padding_mask", "tgt_key_padding_mask"}
 def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be passed masks or lengths.
 
-    Parts with cross attention are included. The model itself comes first, since it may take
-    everything as one argument.
+    Parts with cross attention are included, and embeddings that have a number for padding. The
+    model itself comes first, since it may take everything as one argument.
 
     Returns:
-        For each, the number of arguments before its first mask, lengths or attended tokens.
+        For each, the number of arguments before its first mask, lengths, attended tokens or ids.
     """
     index_of_kind: dict[tuple[type, type], int | None] = {}
     base = base_model_of(model)
     found = {base: 0}
+    found |= dict.fromkeys(_own_embeddings(base), 0)
     for part in base.modules():
         kind = type(part), type(_base_layer_of(part))
         if kind not in index_of_kind:
@@ -54,6 +58,19 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
         if index is not None:
             found.setdefault(part, index)
     return found
+
+
+def _own_embeddings(base: nn.Module) -> list[nn.Module]:
+    """Return the embeddings with a ``padding_idx``; models of transformers are passed masks."""
+    known = outermost_modules(base, is_defined_in_transformers)
+    in_transformers = {part for _, model in known for part in model.modules()}
+    return [
+        part
+        for part in base.modules()
+        if getattr(part, "padding_idx", None) is not None
+        and isinstance(part, nn.Embedding)
+        and part not in in_transformers
+    ]
 
 
 def _first_mask_index(part: nn.Module) -> int | None:
@@ -105,6 +122,7 @@ class PartMaskHooks(CallHooks):
         # weakly: a layer may have made them, and pairwise masks are large.
         self._mask_cache: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._merged_masks: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
+        self._embedded: dict[torch.Size, Tensor] = {}  # which ids are no padding, by their shape
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -113,6 +131,8 @@ class PartMaskHooks(CallHooks):
         if len(args) <= self._first_mask_index[module] and not relevant:
             return  # early, since most parts are passed no mask
         arguments = dense_arguments(named_arguments(module, args, kwargs))
+        if isinstance(module, nn.Embedding):
+            arguments = self._embedding_arguments(module, arguments.get("input"))
         if is_cross_attention(arguments):
             return  # the masks are of keys from elsewhere
         mask, outer = self._mask_of(arguments), self._use_mask()
@@ -127,6 +147,23 @@ class PartMaskHooks(CallHooks):
         _note_attended_states(mask, arguments)
         if mask is not outer:
             self._open_calls.append((module, mask, self._use_mask(mask)))
+
+    def _embedding_arguments(self, embedding: nn.Embedding, ids: Any) -> dict[str, Tensor]:
+        """Return the token ids of an embedding, and a mask of those that it takes for no padding.
+
+        The mask of an earlier call is the same tensor if it is equal. If it differs, there are two
+        texts of one shape, of which later layers may read either: then every token counts.
+        """
+        padding_idx = embedding.padding_idx
+        if padding_idx is None or not may_be_ids(ids):
+            return {}
+        kept = kept_by_padding_idx(ids, padding_idx)
+        if kept is None:
+            return {}
+        known = self._embedded.setdefault(kept.shape, kept)
+        if not torch.equal(kept, known):
+            known = self._embedded[kept.shape] = torch.ones_like(kept)
+        return {"input": ids, "attention_mask": known}
 
     def _merged_with(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask to use in a part.

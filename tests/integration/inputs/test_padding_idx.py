@@ -1,0 +1,153 @@
+"""Padding that only the ``padding_idx`` of a module's own embedding tells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import eva_kernels
+from eva_peft.inputs.mask_contents import kept_by_padding_idx
+from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
+from integration.inputs.padding_blocks import EXACT, KEPT, batches
+
+REVERSED = KEPT.flip(0)[:, :5]  # of another text, shorter
+
+
+def words(padding_idx: int | None = 0, size: int = VOCABULARY + 1) -> nn.Embedding:
+    embedding = nn.Embedding(size, 16, padding_idx=padding_idx)
+    nn.init.normal_(embedding.weight)  # as some do, so that padding, too, has a direction
+    return embedding
+
+
+def check(model: nn.Module, data: list[Any], kept: dict[str, Tensor], **options: Any) -> Any:
+    """Check that the layers use the tokens that are kept, bool (B, T), of each of four batches."""
+    model.eval()
+    result = run(model, data, lora(tau=1.0, target_modules=[*kept]), **EXACT, **options)
+    for name, x in layer_inputs(model, data, [*kept], masked=False).items():
+        rows = kept[name].flatten().repeat(4)
+        assert lost(result.components[name], x[rows]) < 1e-6, name
+    return result
+
+
+class Recommender(nn.Module):
+    """As SASRec, whose sequences are padded on the left, and whose positions are, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.items, self.positions = words(), words(size=9)
+        self.block, self.head = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, sequence: Tensor, following: Tensor) -> Tensor:
+        steps = torch.arange(1, sequence.shape[1] + 1) * (sequence != 0)
+        x = self.items(sequence) + self.positions(steps)
+        x = self.head(x + self.block(x).tanh())
+        return (x * self.items(following)).sum(-1)
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_left_padding_of_a_recommender_does_not_count(by_function: bool) -> None:
+    options = {"forward_fn": lambda model, batch: model(**batch)} if by_function else {}
+    ids = [b["ids"].flip(1) for b in batches()]
+    data = [{"sequence": x, "following": x * 5 % VOCABULARY} for x in ids]
+    kept = dict.fromkeys(["block", "head"], KEPT.flip(1))
+    assert check(Recommender(), data, kept, **options).tokens == 4 * int(KEPT.sum())
+
+
+class Tagger(nn.Module):
+    def __init__(self, padding_idx: int | None = 0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.before = words(padding_idx), nn.Linear(16, 16)
+        self.rnn, self.head = nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, lengths = self.before(self.words(ids)), (ids != 0).sum(1)
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_padding_does_not_count_before_a_recurrent_layer_is_told_of_lengths() -> None:
+    check(Tagger(), batches(), {"before": KEPT, "head": KEPT})
+
+
+class Translator(nn.Module):
+    def __init__(self, embeds_both_first: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.target = words(), words()
+        self.encoder, self.decoder = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.keys, self.head = nn.Linear(16, 16), nn.Linear(16, 5)
+        self.embeds_both_first = embeds_both_first
+
+    def forward(self, src: Tensor, tgt: Tensor) -> Tensor:
+        y = self.target(tgt) if self.embeds_both_first else None
+        memory = self.encoder(self.source(src)).tanh()
+        y = self.decoder(self.target(tgt) if y is None else y)
+        scores = y @ self.keys(memory).mT
+        return self.head(y + scores.softmax(-1) @ memory)
+
+
+@pytest.mark.parametrize("embeds_both_first", [False, True])
+def test_two_texts_of_different_shapes_have_masks_of_their_own(embeds_both_first: bool) -> None:
+    data = [{"src": b["ids"], "tgt": b["ids"].flip(0)[:, :5]} for b in batches()]
+    kept = {"encoder": KEPT, "keys": KEPT, "decoder": REVERSED, "head": REVERSED}
+    check(Translator(embeds_both_first), data, kept)
+
+
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
+def test_all_tokens_count_where_two_texts_of_one_shape_were_embedded() -> None:
+    """Later layers may read either: the keys here, with any names, read the first."""
+    data = [{"src": b["ids"], "tgt": b["ids"].flip(0)} for b in batches()]
+    every = torch.ones_like(KEPT)
+    check(Translator(), data, {"encoder": KEPT, **dict.fromkeys(["keys", "decoder"], every)})
+    check(Translator(embeds_both_first=True), data, {"encoder": every, "keys": every})
+
+
+def test_mask_in_the_batch_takes_precedence() -> None:
+    class Masked(Tagger):
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(ids)
+
+    kept = KEPT.clone()
+    kept[0, 3:] = False
+    data = [{**batch, "attention_mask": kept.long()} for batch in batches()]
+    check(Masked(), data, {"before": kept})
+
+
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
+def test_only_padding_idx_tells_padding() -> None:
+    every = torch.ones_like(KEPT)
+    check(Tagger(None), batches(), {"before": every})
+    check(Tagger(VOCABULARY), batches(), {"before": every})
+
+
+def test_padding_idx_in_models_of_transformers_is_not_consulted() -> None:
+    """They attend to padding unless they are passed an attention_mask, as the warning says."""
+    model = make_bert()
+    assert model.embeddings.word_embeddings.padding_idx == 0
+    data = [{"input_ids": b["ids"]} for b in batches()]
+    config = lora(tau=1.0, target_modules=["query"])
+    with pytest.warns(eva_kernels.EvaWarning, match="no attention_mask hides them"):
+        assert run(model, data, config, **EXACT).tokens == 4 * KEPT.numel()
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        ([[5, 6, 0], [7, 0, 0]], [[1, 1, 0], [1, 0, 0]]),
+        ([[0, 5, 6], [0, 0, 7]], [[0, 1, 1], [0, 0, 1]]),
+        ([[5, 0, 6], [7, 8, 0]], [[1, 0, 1], [1, 1, 0]]),
+        ([[0, 5, 6], [0, 7, 0]], [[1, 1, 1], [1, 1, 0]]),  # the blank that begins a text
+        ([[5, 6, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]]),
+        ([[0], [5]], [[0], [1]]),
+        ([[0, 0], [0, 0]], None),
+    ],
+)
+def test_kept_by_padding_idx(ids: list[list[int]], kept: list[list[int]] | None) -> None:
+    found = kept_by_padding_idx(torch.tensor(ids), 0)
+    assert kept is None if found is None else found.int().tolist() == kept
