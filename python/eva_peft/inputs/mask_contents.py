@@ -6,6 +6,7 @@ from collections.abc import Container
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 __all__ = [
     "FEW",
@@ -145,15 +146,38 @@ def seem_kept(ids: Tensor) -> Tensor | None:
 
 
 def mask_from_lengths(
-    lengths: Tensor, shape: tuple[int, ...], sizes: Container[int]
+    lengths: Tensor, shape: tuple[int, ...], sizes: Container[int], tokens: Tensor | None = None
 ) -> Tensor | None:
-    """Return the mask, bool (B, T), of lengths, which may be fractions of the longest."""
+    """Return the mask, bool (B, T), of lengths, which may be fractions of the longest.
+
+    Args:
+        lengths: (B,).
+        shape: of the tokens, (B, T) or (T, B).
+        sizes: one of which the longest must be, unless what the lengths leave is padding.
+        tokens: (B, T, ...) or (T, B, ...).
+    """
     if lengths.is_floating_point():
         if len(shape) != 2 or not len(lengths) or lengths.max() != 1 or lengths.min() <= 0:
             return None
         lengths = (lengths * shape[1]).round()
     longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest, device="cpu") < lengths[:, None] if longest in sizes else None
+    if longest in sizes:
+        return torch.arange(longest, device="cpu") < lengths[:, None]
+    if tokens is None or len(lengths) not in shape:
+        return None
+    tokens = tokens if len(lengths) == len(tokens) else tokens.transpose(0, 1)
+    kept = torch.arange(tokens.shape[1], device="cpu") < lengths[:, None]
+    return kept if _are_padded(tokens, kept) else None
+
+
+def _are_padded(tokens: Tensor, kept: Tensor) -> bool:
+    """Tell whether all tokens behind those kept are equal, and none of the last kept is as they."""
+    kept = kept.to(tokens.device)
+    rest, last = tokens[~kept], tokens[kept & ~functional.pad(kept[:, 1:], (0, 1))]
+    if not len(rest) or not bool((rest == rest[0]).all()):
+        return False
+    differs = (last != rest[0]).flatten(1) if last.dim() > 1 else (last != rest[0])[:, None]
+    return bool(differs.any(1).all())
 
 
 def is_pairwise(mask: Tensor) -> bool:

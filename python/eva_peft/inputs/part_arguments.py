@@ -30,6 +30,7 @@ __all__ = [
     "is_mask_argument",
     "is_relevant_name",
     "masks_by_batch_name",
+    "own_tokens",
     "text_or_decoder_inputs",
     "token_shape",
 ]
@@ -47,7 +48,7 @@ TARGET_PREFIXES = ("tgt", "trg", "target")
 _LENGTH_SUFFIXES = ("lengths", "length", "lens", "_len")
 # Substrings of the names of what cross attention reads, and of its mask.
 _CROSS_WORDS = ("encoder", "memory", "context", "key_value", "enc_out")
-_QUERY_OF_KEY = {"key": "query", "k": "q"}  # name of the attended tokens: of the attending ones
+_QUERY_OF_KEY = {"key": "query", "keys": "queries", "k": "q"}  # attended: attending tokens
 _TEXT_INPUTS = {"input_ids", "inputs_embeds"}
 
 
@@ -69,14 +70,19 @@ def dense_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def token_shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of the tokens that a part is called with, (B, T) or (T, B).
+    """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
+    tokens = own_tokens(arguments)
+    return () if tokens is None else tuple(tokens.shape[:2])
+
+
+def own_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Return the tokens that a part is called with.
 
     They may be in a tuple with related tensors, such as the positions in ESPnet's encoders.
     """
     own = {k: v for k, v in arguments.items() if "mask" not in k and not _is_cross_name(k)}
     packed = (v[0] for v in own.values() if isinstance(v, (tuple, list)) and v)
-    every = (*own.values(), *packed)
-    return next((tuple(value.shape[:2]) for value in every if _are_tokens(value)), ())
+    return next(filter(_are_tokens, (*own.values(), *packed)), None)
 
 
 def attended_shape(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -156,7 +162,7 @@ def _may_be_token_mask(name: str, mask: Tensor) -> bool:
 
 def masks_by_batch_name(
     given_masks: Mapping[str, Tensor],
-    shape: tuple[int, ...],
+    tokens: Tensor | None,
     cross_shape: tuple[int, ...] | None,
     sizes: Container[int],
     outer: Tensor | None,
@@ -165,11 +171,12 @@ def masks_by_batch_name(
 
     Args:
         given_masks: the masks and lengths that the part is passed.
-        shape: see :func:`token_shape`.
+        tokens: see :func:`own_tokens`.
         cross_shape: shape of other tokens that the part attends to; see :func:`attended_shape`.
         sizes: of all dimensions of the arguments; the longest sample must have one of them.
         outer: the mask of the enclosing part, bool (B, T), if that was passed one.
     """
+    shape = () if tokens is None else tuple(tokens.shape[:2])
     named_masks: dict[str, Tensor] = {}
     others = {}
     # the only mask may be that of the attended tokens
@@ -179,7 +186,7 @@ def masks_by_batch_name(
             named_masks[name] = mask
             continue
         mask = mask >= 0 if name == _SEQUENCE_ID and mask.dtype != torch.bool else mask
-        kept = _kept_tokens(name, mask, shape, sizes)
+        kept = _kept_tokens(name, mask, tokens, sizes)
         of_own_tokens = "self" in name or name.startswith(("src", *TARGET_PREFIXES))
         if ambiguous and not of_own_tokens and not _is_own_mask_only(kept, shape, cross_shape):
             if name in _ATTENTION_MASKS:
@@ -236,10 +243,11 @@ def _extends(kept: Tensor, known: Tensor | None) -> bool:
 
 
 def _kept_tokens(
-    name: str, mask: Tensor, shape: tuple[int, ...], sizes: Container[int]
+    name: str, mask: Tensor, tokens: Tensor | None, sizes: Container[int]
 ) -> Tensor | None:
+    shape = () if tokens is None else tuple(tokens.shape[:2])
     if name.endswith(_LENGTH_SUFFIXES):
-        return mask_from_lengths(mask.cpu(), shape, sizes)
+        return mask_from_lengths(mask.cpu(), shape, sizes, tokens)
     if mask.dim() == 3 and tuple(mask.shape) == (*shape, 1):
         mask = mask[..., 0]
     if name in _GENERIC_MASKS and is_true_at_padding(mask):

@@ -24,6 +24,7 @@ from .part_arguments import (
     is_mask_argument,
     is_relevant_name,
     masks_by_batch_name,
+    own_tokens,
     text_or_decoder_inputs,
     token_shape,
 )
@@ -258,7 +259,9 @@ class PartMaskHooks(CallHooks):
         key = (shape, sizes, cross_shape, *identities)
         references, mask = self._mask_cache.get(key, ([], None))
         if not references or any(each() is None for each in references):  # ids may be reused
-            named_masks = masks_by_batch_name(masks, shape, cross_shape, sizes, outer)
+            named_masks = masks_by_batch_name(
+                masks, own_tokens(arguments), cross_shape, sizes, outer
+            )
             inputs = text_or_decoder_inputs(arguments)
             mask = self._silent_mask({**inputs, **named_masks}, shape) if named_masks else None
             self._mask_cache[key] = [ref(source) for source in sources.values()], mask

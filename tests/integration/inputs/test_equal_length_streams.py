@@ -336,3 +336,37 @@ def test_layer_behind_words_keeps_their_mask_after_spans(mask_in_batch: bool) ->
     result = run(model, data, lora(tau=1.0, target_modules=list(kept)), **EXACT)
     for name, x in layer_inputs(model, data, list(kept), False).items():
         assert lost(result.components[name], x[kept[name].flatten().repeat(4)]) < 1e-6, name
+
+
+@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
+def test_lengths_of_keys_do_not_mask_queries() -> None:
+    """As d2l's attention names them, for queries and keys of as many tokens."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W_q, self.W_k = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(
+            self, queries: Tensor, keys: Tensor, values: Tensor, valid_lens: Tensor
+        ) -> Tensor:
+            scores = self.W_q(queries) @ self.W_k(keys).mT
+            hidden = torch.arange(keys.shape[1]) >= valid_lens[:, None, None]
+            return scores.masked_fill(hidden, -1e6).softmax(-1) @ values
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.attention = nn.Embedding(VOCABULARY, 16), Attention()
+
+        def forward(self, source: Tensor, target: Tensor) -> Tensor:
+            x, lengths = self.words(source), (source != 0).sum(1)
+            return self.attention(self.words(target), x, x, lengths)
+
+    ids = torch.randint(1, VOCABULARY, (4, *KEPT.shape))
+    data = [{"source": b["ids"], "target": y} for b, y in zip(batches(), ids, strict=True)]
+    model, name = Model().eval(), "attention.W_q"
+    x = layer_inputs(model, data, [name])[name]
+    result = run(model, data, lora(tau=1.0, target_modules=[name]), **EXACT)
+    assert lost(result.components[name], x) < 1e-6

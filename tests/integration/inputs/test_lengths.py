@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from integration.conftest import VOCABULARY, hooks_of, layer_inputs, lora, lost, run
@@ -309,3 +310,44 @@ def test_source_padding_does_not_mask_a_target_of_equal_length(
     assert lost(result.components["enc"], inputs["enc"][rows]) < 1e-6
     assert lost(result.components["dec"], inputs["dec"]) < 1e-6
     assert result.tokens == 4 * kept.numel()
+
+
+@pytest.mark.parametrize("kind", ["ids", "frames", "sequence first", "parts"])
+def test_lengths_mask_padding_to_a_fixed_size(kind: str) -> None:
+    """No sample is as long as the batch is wide, as where all are padded to one size (d2l)."""
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, valid_lens: Tensor) -> Tensor:
+            return self.last(x)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.layer = nn.Embedding(VOCABULARY, 16), Layer()
+
+        def forward(self, x: Tensor, valid_lens: Tensor | None = None) -> Tensor:
+            x = x if x.is_floating_point() else self.words(x)
+            lens = (
+                (x[..., 0] != self.words.weight[0, 0]).sum(1) if valid_lens is None else valid_lens
+            )
+            return self.layer(x, lens)
+
+    model, data = Model().eval(), [{"x": b["ids"][:, :6]} for b in batches()]
+    kept, lengths = KEPT[:, :6], LENGTHS.clamp(max=6)
+    data = [{"x": functional.pad(b["x"], (0, 3))} for b in data]
+    kept = functional.pad(kept, (0, 3))
+    if kind != "parts":
+        data = [{**b, "valid_lens": lengths} for b in data]
+    if kind == "frames":
+        frames = torch.randn(4, 3, 9, 16, generator=torch.Generator().manual_seed(0))
+        data = [{**b, "x": x * kept[..., None]} for b, x in zip(data, frames, strict=True)]
+    if kind == "sequence first":
+        data, kept = [{**b, "x": b["x"].mT} for b in data], kept.mT
+    result = run(model, data, lora(tau=1.0, target_modules=["last"]), **EXACT)
+    x = layer_inputs(model, data, ["layer.last"])["layer.last"]
+    assert lost(result.components["layer.last"], x[kept.flatten().repeat(4)]) < 1e-6
