@@ -16,6 +16,7 @@ __all__ = [
     "holds_more_than",
     "longest_sample",
     "mask_of_pairs",
+    "of_own_pairs",
     "padded_to_windows",
     "repeated_per_frame",
     "repeated_per_head",
@@ -115,6 +116,13 @@ def repeated_per_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     if (leading[0], leading[2]) == tuple(mask.shape):
         return mask[:, None].expand(leading)
     return mask[:, :, None].expand(leading) if leading[:2] == tuple(mask.shape) else None
+
+
+def of_own_pairs(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
+    """Return the mask of an input with each pair of tokens of a sample, (B, T, T)."""
+    if len(mask) != leading[0] or leading[1:] != (mask.shape[1],) * 2:
+        return None
+    return mask[:, :, None] & mask[:, None]
 
 
 def mask_of_pairs(frames: Tensor, steps: Tensor | None, leading: tuple[int, ...]) -> Tensor:

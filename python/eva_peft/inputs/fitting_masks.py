@@ -17,6 +17,7 @@ from .fits import (
     holds_more_than,
     longest_sample,
     mask_of_pairs,
+    of_own_pairs,
     padded_to_windows,
     repeated_per_frame,
     repeated_per_head,
@@ -150,6 +151,8 @@ class BatchMasks:
                 yield heads
         if frames is not None and tuple(frames.shape) == leading:
             yield frames
+        if (pairs := of_own_pairs(mask, leading)) is not None:
+            yield pairs
         if len(leading) == 2 and leading[0] == mask.numel() > max(mask.shape):
             yield mask.reshape(-1, 1).expand(leading)  # for each token the outputs of n layers
         seen = self.unpadded if key == "main" and self.unpadded is not None else mask

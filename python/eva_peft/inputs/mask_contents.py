@@ -6,7 +6,6 @@ from collections.abc import Container
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 __all__ = [
     "FEW",
@@ -15,6 +14,7 @@ __all__ = [
     "is_pairwise",
     "is_right_padded",
     "is_true_at_padding",
+    "kept_before_padding",
     "kept_by_attention",
     "kept_by_padding",
     "kept_by_padding_idx",
@@ -153,7 +153,7 @@ def mask_from_lengths(
     Args:
         lengths: (B,).
         shape: of the tokens, (B, T) or (T, B).
-        sizes: one of which the longest must be, unless what the lengths leave is padding.
+        sizes: one of which the longest must be, unless all tokens that lengths leave are equal.
         tokens: (B, T, ...) or (T, B, ...).
     """
     if lengths.is_floating_point():
@@ -167,17 +167,28 @@ def mask_from_lengths(
         return None
     tokens = tokens if len(lengths) == len(tokens) else tokens.transpose(0, 1)
     kept = torch.arange(tokens.shape[1], device="cpu") < lengths[:, None]
-    return kept if _are_padded(tokens, kept) else None
+    return kept if _are_equal(tokens, ~kept) else None
 
 
-def _are_padded(tokens: Tensor, kept: Tensor) -> bool:
-    """Tell whether all tokens behind those kept are equal, and none of the last kept is as they."""
-    kept = kept.to(tokens.device)
-    rest, last = tokens[~kept], tokens[kept & ~functional.pad(kept[:, 1:], (0, 1))]
-    if not len(rest) or not bool((rest == rest[0]).all()):
-        return False
-    differs = (last != rest[0]).flatten(1) if last.dim() > 1 else (last != rest[0])[:, None]
-    return bool(differs.any(1).all())
+def kept_before_padding(mask: Tensor, tokens: Tensor) -> Tensor | None:
+    """Return which tokens a mask of any name keeps, bool (B, T), if it seems to hide padding.
+
+    It does if it keeps all of a sample, and all tokens that it hides are equal.
+
+    Args:
+        mask: 0 at what it hides; otherwise, the result is ``None``.
+        tokens: (B, T, ...), which it masks.
+    """
+    if mask.shape != tokens.shape[:2] or bool((mask < 0).any()):
+        return None
+    kept = mask.cpu() != 0
+    return kept if kept.all(1).any() and _are_equal(tokens, ~kept) else None
+
+
+def _are_equal(tokens: Tensor, chosen: Tensor) -> bool:
+    """Tell whether some tokens, (B, T, ...), are chosen, and all of these are equal."""
+    found = tokens[chosen.to(tokens.device)]
+    return len(found) > 0 and bool((found == found[0]).all())
 
 
 def is_pairwise(mask: Tensor) -> bool:

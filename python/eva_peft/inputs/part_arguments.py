@@ -14,6 +14,7 @@ from .mask_contents import (
     is_contiguous,
     is_pairwise,
     is_true_at_padding,
+    kept_before_padding,
     kept_by_attention,
     kept_by_padding,
     mask_from_lengths,
@@ -38,7 +39,8 @@ __all__ = [
 _SEQUENCE_ID = "sequence_id"  # number of each token's sequence, negative for padding; or a mask
 # Names of masks of visible tokens, and suffixes of names of padding masks. Under other names only
 # masks with one row for all tokens, or one for each, (B, 1, T) or (B, T, T), are understood,
-# floating ones if additive; under the names in _GENERIC_MASKS also (B, T) and (B, T, 1).
+# floating ones if additive; under the names in _GENERIC_MASKS also (B, T) and (B, T, 1), and (B, T)
+# under any name if what it hides shows that it is padding.
 _ATTENTION_MASKS = ("attention_mask", "encoder_attention_mask", _SEQUENCE_ID)
 PADDING_MASK_SUFFIXES = ("padding_mask", "pad_mask")
 _GENERIC_MASKS = ("mask", "attn_mask", "context_mask")
@@ -153,11 +155,10 @@ def _may_be_token_mask(name: str, mask: Tensor) -> bool:
         return False
     if mask.shape[-1:] == (1,):
         return name in _GENERIC_MASKS and mask.dim() == 3
-    if mask.dim() == 2:  # a square one may be pairwise: then each token sees itself
-        if name not in _GENERIC_MASKS:
-            return False
+    if mask.dim() == 2 and name in _GENERIC_MASKS:
+        # a square one may be pairwise: then each token sees itself
         return mask.shape[0] != mask.shape[1] or not mask.diagonal().all()
-    return mask.dim() in (3, 4)
+    return mask.dim() in (2, 3, 4)
 
 
 def masks_by_batch_name(
@@ -252,6 +253,8 @@ def _kept_tokens(
         mask = mask[..., 0]
     if name in _GENERIC_MASKS and is_true_at_padding(mask):
         return ~mask.cpu()
+    if mask.dim() == 2 and name not in _GENERIC_MASKS and not _is_known_mask_name(name):
+        return None if tokens is None else kept_before_padding(mask, tokens)
     unknown_pairs = mask.dim() > 2 and not _is_known_mask_name(name)
     if unknown_pairs and mask.is_floating_point() and not (mask < -1).any():
         return None  # not additive, so its numbers may mean anything

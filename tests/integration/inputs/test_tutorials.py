@@ -175,3 +175,57 @@ def test_masks_apply_to_a_head_that_a_function_calls(outside: str) -> None:
     result = run(model, data, config, forward_fn=function, **EXACT)
     x = torch.cat([model.words(b["decoder_input"])[kept] for b in data])
     assert lost(result.components["head"], x.detach().double()) < 1e-6
+
+
+class GraphTransformer(nn.Module):
+    """As DiGress': features of nodes and of edges, which are zero beyond a graph's nodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.nodes, self.edges, self.out = nn.Linear(16, 16), nn.Linear(6, 6), nn.Linear(16, 16)
+
+    def forward(self, X: Tensor, E: Tensor, node_mask: Tensor) -> Tensor:
+        scores = self.edges(E).sum(-1).masked_fill(~node_mask.bool()[:, None], -torch.inf)
+        return self.out(scores.softmax(-1) @ self.nodes(X))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_mask_under_a_name_of_ones_own_hides_nodes_and_their_edges(dtype: torch.dtype) -> None:
+    generator, pairs = torch.Generator().manual_seed(0), KEPT[:, :, None] & KEPT[:, None]
+    data = []
+    for _ in range(4):
+        nodes = torch.randn(3, 7, 16, generator=generator) * KEPT[..., None]
+        edges = torch.randn(3, 7, 7, 6, generator=generator) * pairs[..., None]
+        data.append({"X": nodes, "E": edges, "node_mask": KEPT.to(dtype)})
+    kept = {"nodes": KEPT, "edges": pairs, "out": KEPT}
+    model = GraphTransformer().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=[*kept]), **EXACT)
+    for name, x in layer_inputs(model, data, [*kept]).items():
+        rows = kept[name].flatten().repeat(4)
+        assert lost(result.components[name], x.reshape(len(rows), -1)[rows]) < 1e-6, name
+
+
+NO_MASKS = {
+    "of chosen tokens": KEPT & (torch.arange(7) % 2 == 0),
+    "that hides words": KEPT.roll(1, 0),
+    "that keeps no sample whole": KEPT[1:],
+    "of negative numbers": -1.0 * KEPT,
+}
+
+
+@pytest.mark.parametrize("kind", NO_MASKS)
+def test_other_masks_under_a_name_of_ones_own_hide_nothing(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, chosen_mask: Tensor) -> Tensor:
+            return self.last(x)
+
+    x = torch.randn(4, 3, 7, 16, generator=torch.Generator().manual_seed(0)) * KEPT[..., None]
+    mask = NO_MASKS[kind]
+    data = [{"x": each[-len(mask) :], "chosen_mask": mask} for each in x]
+    result = run(Model(), data, lora(tau=1.0, target_modules=["last"]), **EXACT)
+    assert result.tokens == 4 * mask.numel()
