@@ -467,14 +467,13 @@ def test_rows_of_a_mask_for_each_shape() -> None:
         ((2, 1, 3, 8), [0, 1, 3]),  # one head
         ((2, 2, 3, 8), [0, 1, 3, 4, 6, 9]),  # two heads, tokens last
         ((2, 3, 2, 8), [0, 1, 2, 3, 6, 7]),  # two heads, tokens first
+        ((2, 3, 3, 8), [0, 1, 3, 4, 9]),  # pairs of tokens, rather than three heads
     ):
         rows = rule.rows(torch.Size(shape), cpu, "layer")
         assert rows is not None
         assert rows.tolist() == expected
     assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
     assert rule.rows(torch.Size((1, 7, 8)), cpu, "positions") is None  # of all samples
-    with pytest.warns(eva_kernels.EvaWarning, match="heads: no token mask fits"):
-        assert rule.rows(torch.Size((2, 3, 3, 8)), cpu, "heads") is None  # ambiguous
     assert TokenMask(torch.ones(2, 3).bool()).rows(torch.Size((2, 3, 8)), cpu, "x") is None
     single = TokenMask(mask[:, 1:2])  # samples of one token each
     rows = single.rows(torch.Size((2, 1, 1, 8)), cpu, "head")
