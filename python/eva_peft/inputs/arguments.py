@@ -21,6 +21,7 @@ from ..model.architecture import (
     is_transformers_model,
 )
 from ..surroundings.memory import is_out_of_memory
+from .batches import is_tensor_dict
 from .mask_contents import hides_where_true
 from .roles import (
     PADDING_MASKS,
@@ -40,6 +41,7 @@ __all__ = [
     "raise_if_nested",
     "raise_if_not_taken",
     "takes_whole_mapping",
+    "takes_whole_object",
     "without_labels",
     "without_string_columns",
 ]
@@ -223,9 +225,9 @@ def model_arguments(batch: Any, model: nn.Module) -> tuple[tuple[Any, ...], dict
     Raises:
         EvaTypeError: the batch is of a kind that no model takes.
     """
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and not is_tensor_dict(batch):  # such one is kept only whole
         return (), dict(batch)
-    if isinstance(batch, (Tensor, PackedSequence)):
+    if isinstance(batch, (Tensor, PackedSequence, Mapping)):
         return (batch,), {}
     if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
         samples = [isinstance(part, Mapping) for part in batch]
@@ -425,6 +427,26 @@ def takes_whole_mapping(batch: Mapping[str, Any], model: nn.Module) -> bool:
         return False
     needed = [p for p in parameters if p.kind in _POSITIONAL and p.default is p.empty]
     return len(needed) == 1 and not batch.keys() & {p.name for p in parameters}
+
+
+def takes_whole_object(batch: Any, named: Mapping[str, Any], model: nn.Module) -> bool:
+    """Tell whether a model takes a TensorDict or a dataclass object as it is, not by name.
+
+    It does if that is its one argument, or if its first one is named after the type, as
+    ``tensordict``, whatever else it takes.
+
+    Args:
+        batch: the object.
+        named: what is in it.
+    """
+    if takes_whole_mapping(named, model):
+        return True
+    parameters = _parameters(base_model_of(model)) or []
+    if not parameters or parameters[0].kind not in _POSITIONAL:
+        return False
+    first = parameters[0].name.lower()
+    after_type = len(first) > 3 and first in type(batch).__name__.lower()
+    return after_type and not named.keys() & {p.name for p in parameters}
 
 
 def without_string_columns(arguments: dict[str, Any], model: nn.Module) -> dict[str, Any]:

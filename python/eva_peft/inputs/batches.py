@@ -22,6 +22,7 @@ __all__ = [
     "as_mapping",
     "as_tensors",
     "first_ids",
+    "is_tensor_dict",
     "iterate",
     "samples_and_elements",
     "shape_of",
@@ -102,7 +103,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
     if isinstance(batch, Tensor):
         return copy_to_device(device, batch)
-    if isinstance(batch, Mapping) and not _is_tensor_dict(batch):
+    if isinstance(batch, Mapping) and not is_tensor_dict(batch):
         return _of_type(batch, {k: to_device(v, device) for k, v in batch.items()})
     if callable(getattr(batch, "to", None)) and not isinstance(batch, (type, nn.Module)):
         copied = copy(batch)
@@ -178,14 +179,14 @@ def _values(batch: Any) -> Iterable[Any]:
 
 def as_mapping(batch: Any) -> Any:
     """Return the fields of a dataclass object, or a TensorDict, as a dict, all else as it is."""
-    if _is_tensor_dict(batch):
+    if is_tensor_dict(batch):
         return dict(batch.items())
     if is_dataclass(batch) and not isinstance(batch, (type, Mapping)):
         return dataclass_fields(batch)
     return batch
 
 
-def _is_tensor_dict(batch: Any) -> bool:
+def is_tensor_dict(batch: Any) -> bool:
     """Tell whether a mapping is a TensorDict, which iterates over its samples, not its names."""
     return isinstance(batch, Mapping) and hasattr(type(batch), "batch_size")
 
@@ -301,7 +302,7 @@ def without_padding(
     """
     # custom layers may pool over padding, or flatten inputs of one fixed length
     padding_matters = architecture.tokens_depend_on_padding or architecture.has_own_layers
-    if padding_matters or not isinstance(batch, Mapping) or _is_tensor_dict(batch):
+    if padding_matters or not isinstance(batch, Mapping) or is_tensor_dict(batch):
         return [batch]
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.device.type != "cpu":

@@ -108,7 +108,7 @@ class Preparer:
         if by_default:
             arguments.raise_if_nested(batch, self._model)
             whole = batches.as_mapping(batch)
-            if whole is batch or not arguments.takes_whole_mapping(whole, self._model):
+            if whole is batch or not arguments.takes_whole_object(batch, whole, self._model):
                 if not isinstance(whole, Mapping):  # with names, an index looks like one sample
                     arguments.raise_if_misread(whole, self._model)
                 batch = batches.as_tensors(arguments.positional_to_named(whole, self._model))

@@ -159,6 +159,28 @@ def test_batch_keeps_its_type_where_the_model_takes_it_whole(make: Any) -> None:
         torch.testing.assert_close(rows, result.components[f"inner.{name}"])
 
 
+def test_tensor_dict_is_kept_where_an_optional_argument_is_named_after_it() -> None:
+    """As in tensordict's modules: by name, the parts that they do not read would be refused."""
+
+    class ReadsSome(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = make_mlp()
+
+        def forward(self, samples: Any = None, **parts: Tensor) -> Any:
+            if samples is None:
+                return self.inner(**parts)
+            samples["out"] = self.inner(samples["x"])
+            return samples["out"]
+
+    data = [Samples({"x": x, "reward": x[:, :1]}, (len(x),)) for x in vectors()]
+    result = run(ReadsSome(), data, lora(**CONFIG), method="gram", max_steps=8)
+    expected = run(make_mlp(), iter(vectors()), lora(**CONFIG), method="gram", max_steps=8)
+    for name, rows in expected.components.items():
+        assert torch.equal(rows, result.components[f"inner.{name}"])
+    assert all(set(samples.keys()) == {"x", "reward"} for samples in data)
+
+
 @pytest.mark.parametrize("make", [dict, BatchEncoding, as_dataclass, as_user_dict, as_tensor_dict])
 def test_every_kind_of_masked_batch_gives_the_same_result(make: Any) -> None:
     expected = run(make_llama(), iter(TEXTS), lora(tau=1.0), method="gram")
