@@ -264,15 +264,20 @@ def accepts_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any], model: n
     return True
 
 
-def as_one_argument(batch: Any, model: nn.Module) -> Any:
+def as_one_argument(batch: Any, model: nn.Module, error: Exception | None = None) -> Any:
     """Return a mapping if the model takes it whole as its one argument, not by name.
+
+    Args:
+        batch, model: of the call.
+        error: why it failed by name.
 
     Raises:
         EvaTypeError: the model does not; an argument is missing or unknown.
     """
     if isinstance(batch, Mapping) and takes_whole_mapping(batch, model):
         return batch
-    raise _refusal_error(_contents(batch), base_model_of(model))
+    why = "" if error is None else f" (it failed with {error!r})"
+    raise _refusal_error(_contents(batch), base_model_of(model), why)
 
 
 def raise_if_not_taken(

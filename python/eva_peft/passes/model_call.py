@@ -119,7 +119,7 @@ class ModelCall:
             if isinstance(error, TypeError) and not arguments.accepts_arguments(
                 args, kwargs, self._model
             ):
-                self._call_with_one(arguments.as_one_argument(batch, self._model))
+                self._call_with_one(arguments.as_one_argument(batch, self._model, error))
                 return
             if not self._has_succeeded:
                 arguments.raise_if_not_taken(batch, kwargs, self._model, error)

@@ -238,6 +238,20 @@ def test_mapping_is_one_argument_where_forward_takes_no_key() -> None:
             as_one_argument(other, each)
 
 
+def test_error_names_the_argument_that_a_batch_lacks() -> None:
+    class NeedsTask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(20, 4)
+
+        def forward(self, x: Tensor, *, task: str) -> Tensor:
+            return self.inner(x)
+
+    for batch in (vectors()[0], {"x": vectors()[0]}):
+        with pytest.raises(EvaTypeError, match=r"does not take a batch.*argument: 'task'.*Let the"):
+            run(NeedsTask(), [batch], lora(target_modules=["inner"]))
+
+
 def test_batch_with_a_to_method_is_one_argument() -> None:
     class Graphs:  # as in torch_geometric
         def __init__(self, x: Tensor) -> None:
