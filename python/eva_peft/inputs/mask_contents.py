@@ -17,8 +17,8 @@ __all__ = [
     "kept_before_padding",
     "kept_by_attention",
     "kept_by_padding",
-    "kept_by_padding_idx",
     "mask_from_lengths",
+    "padding_among",
     "seem_kept",
 ]
 
@@ -112,21 +112,38 @@ def kept_by_padding(mask: Tensor) -> Tensor | None:
     return kept if _keeps_every_sample(kept) else None
 
 
-def kept_by_padding_idx(ids: Tensor, padding_idx: int) -> Tensor | None:
-    """Return which token ids, (B, T), are no padding, bool (B, T); ``None`` if all are padding.
+def padding_among(hidden: Tensor) -> Tensor:
+    """Return which tokens with the ``padding_idx`` of an embedding are padding, bool (B, T).
 
-    If every sample begins with a single ``padding_idx``, that counts: it begins a text, as a
-    transducer's blank does.
+    The others are values, such as an unknown word, a rest in music, or the hour 0. Padding fills
+    one end of samples, in longer runs than elsewhere, where there are few. Where samples are padded
+    on the right, all may begin with a token of that number, as with a transducer's blank.
 
     Args:
-        padding_idx: of the embedding that reads them, see :class:`torch.nn.Embedding`.
+        hidden: which tokens are that number, bool (B, T), or (T, B).
     """
-    kept = ids.cpu() != padding_idx
-    if not kept.any():
-        return None
-    if kept.shape[1] > 1 and kept[:, 1].all() and not kept[:, 0].any():
-        kept[:, 0] = True
-    return kept
+    if hidden.shape[1] > 1 and hidden[:, 0].all():
+        behind = _padding_on_the_right(hidden[:, 1:])
+        if behind.any() or not hidden[:, 1:].any():
+            return torch.cat([torch.zeros_like(hidden[:, :1]), behind], dim=1)
+    longest = int(hidden.sum(0).max())  # if 1, it may be a value in the last sample
+    if longest > 1 and not hidden[0].any() and is_right_padded(~hidden.mT):
+        return hidden  # sequence first
+    found = _padding_on_the_right(hidden)
+    return found if found.any() else _padding_on_the_right(hidden.flip(1)).flip(1)
+
+
+def _padding_on_the_right(hidden: Tensor) -> Tensor:
+    run = hidden.flip(1).cumprod(1).flip(1).bool()
+    others, whole = hidden & ~run, run.all(1)
+    count = others.cumsum(1)
+    longest = (count - (count * ~others).cummax(1).values).max()
+    padded = run.sum(1) > longest
+    # whole samples alone, or single tokens alone, may be values, such as those of a last column
+    evident = (padded & ~whole).any() and (whole.any() or (run.sum(1) > 1).any())
+    if others.sum() > FEW * hidden.numel() or not evident:
+        return torch.zeros_like(hidden)
+    return run & padded[:, None]
 
 
 def seem_kept(ids: Tensor) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 from weakref import ref
 
 import torch
@@ -15,7 +15,7 @@ from ..model.architecture import forward_signature, is_defined_in_transformers
 from ..model.parts import outermost_modules
 from .call_hooks import CallHooks, named_arguments
 from .fits import version_of
-from .mask_contents import kept_by_padding_idx
+from .mask_contents import padding_among
 from .part_arguments import (
     attended_shape,
     attended_tokens,
@@ -123,20 +123,20 @@ class PartMaskHooks(CallHooks):
         # weakly: a layer may have made them, and pairwise masks are large.
         self._mask_cache: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._merged_masks: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
-        self._embedded: dict[torch.Size, Tensor] = {}  # which ids are no padding, by their shape
+        self._embedded: dict[torch.Size, TokenMask] = {}  # of ids, by their shape
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        relevant = any(map(_is_relevant, kwargs.items()))
+        relevant = _tells_padding(module) or any(map(_is_relevant, kwargs.items()))
         if len(args) <= self._first_mask_index[module] and not relevant:
             return  # early, since most parts are passed no mask
         arguments = dense_arguments(named_arguments(module, args, kwargs))
-        if isinstance(module, nn.Embedding):
-            arguments = self._embedding_arguments(module, arguments.get("input"))
         if is_cross_attention(arguments):
             return  # the masks are of keys from elsewhere
         mask, outer = self._mask_of(arguments), self._use_mask()
+        if mask is None and _tells_padding(module):
+            mask = self._mask_of_ids(module, arguments)
         cross_shape = attended_shape(arguments)
         if mask is None and outer.from_parts:
             mask = self._mask_of_earlier_part(outer.main, token_shape(arguments), cross_shape)
@@ -149,22 +149,28 @@ class PartMaskHooks(CallHooks):
         if mask is not outer:
             self._open_calls.append((module, mask, self._use_mask(mask)))
 
-    def _embedding_arguments(self, embedding: nn.Embedding, ids: Any) -> dict[str, Tensor]:
-        """Return the token ids of an embedding, and a mask of those that it takes for no padding.
+    def _mask_of_ids(
+        self, embedding: nn.Embedding, arguments: Mapping[str, Any]
+    ) -> TokenMask | None:
+        """Return the mask of the token ids of an embedding, ``None`` if none seem to be padding.
 
-        The mask of an earlier call is the same tensor if it is equal. If it differs, there are two
-        texts of one shape, of which later layers may read either: then every token counts.
+        The mask of an earlier call is the same if it is equal. If it differs, there are two texts
+        of one shape, of which later layers may read either: then every token counts.
         """
-        padding_idx = embedding.padding_idx
-        if padding_idx is None or not may_be_ids(ids):
-            return {}
-        kept = kept_by_padding_idx(ids, padding_idx)
-        if kept is None:
-            return {}
-        known = self._embedded.setdefault(kept.shape, kept)
-        if not torch.equal(kept, known):
-            known = self._embedded[kept.shape] = torch.ones_like(kept)
-        return {"input": ids, "attention_mask": known}
+        ids = next(filter(may_be_ids, arguments.values()), None)
+        if ids is None or not ids.numel():
+            return None
+        ids = ids.cpu()
+        flags = int(ids.max()) - int(ids.min()) < 2  # such as two segments, or holidays
+        hidden = padding_among(ids == embedding.padding_idx)
+        known = self._embedded.get(ids.shape)
+        if known is None and (flags or not hidden.any()):
+            return None
+        if known is None or known.main is None or not torch.equal(~hidden, known.main):
+            kept = ~hidden if known is None else torch.ones_like(hidden)
+            known = self._silent_mask({"attention_mask": kept}, tuple(ids.shape))
+            self._embedded[ids.shape] = known
+        return known
 
     def _merged_with(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask to use in a part.
@@ -266,6 +272,10 @@ class PartMaskHooks(CallHooks):
             mask = self._silent_mask({**inputs, **named_masks}, shape) if named_masks else None
             self._mask_cache[key] = [ref(source) for source in sources.values()], mask
         return mask
+
+
+def _tells_padding(part: nn.Module) -> TypeGuard[nn.Embedding]:
+    return isinstance(part, nn.Embedding) and part.padding_idx is not None
 
 
 def _is_relevant(argument: tuple[str, Any]) -> bool:

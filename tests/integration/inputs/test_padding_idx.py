@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import eva_kernels
-from eva_peft.inputs.mask_contents import kept_by_padding_idx
+from eva_peft.inputs.mask_contents import padding_among
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
 from integration.inputs.padding_blocks import EXACT, KEPT, batches
 
@@ -136,18 +136,68 @@ def test_padding_idx_in_models_of_transformers_is_not_consulted() -> None:
         assert run(model, data, config, **EXACT).tokens == 4 * KEPT.numel()
 
 
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = words(), nn.Linear(16, 16)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.layer(self.words(ids))
+
+
+def test_empty_samples_do_not_count() -> None:
+    """Such as sentences that pad a document, or news that pad a history."""
+    kept = torch.cat([KEPT, torch.zeros_like(KEPT)])
+    data = [{"ids": torch.cat([b["ids"], 0 * b["ids"]])} for b in batches()]
+    model = nn.Sequential(words(), nn.Linear(16, 16))
+    check(model, [b["ids"] for b in data], {"1": kept})
+
+
+def test_ids_are_found_under_any_name() -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return 4 * super().forward(tokens)
+
+    class Model(Tower):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = Scaled(VOCABULARY, 16, padding_idx=0)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.layer(self.words(tokens=ids))
+
+    torch.manual_seed(0)
+    check(Model(), batches(), {"layer": KEPT})
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_values_with_the_number_of_padding_count(size: int) -> None:
+    """Such as rests in music, missing columns, days of the week, or events, most often none."""
+    generator = torch.Generator().manual_seed(0)
+    data = [{"ids": torch.randint(0, size, (4, 12), generator=generator)} for _ in range(4)]
+    model = Tower().eval()
+    check(model, data, {"layer": torch.ones(4, 12, dtype=torch.bool)})
+
+
 @pytest.mark.parametrize(
     ("ids", "kept"),
     [
         ([[5, 6, 0], [7, 0, 0]], [[1, 1, 0], [1, 0, 0]]),
         ([[0, 5, 6], [0, 0, 7]], [[0, 1, 1], [0, 0, 1]]),
-        ([[5, 0, 6], [7, 8, 0]], [[1, 0, 1], [1, 1, 0]]),
-        ([[0, 5, 6], [0, 7, 0]], [[1, 1, 1], [1, 1, 0]]),  # the blank that begins a text
+        ([[0, 5, 6, 7], [0, 7, 0, 0]], [[1, 1, 1, 1], [1, 1, 0, 0]]),  # the blank before a text
         ([[5, 6, 0], [0, 0, 0]], [[1, 1, 0], [0, 0, 0]]),
-        ([[0], [5]], [[0], [1]]),
+        ([[5, 0, 6, 7, 8, 9], [3, 4, 0, 0, 0, 0]], [[1] * 6, [1, 1, 0, 0, 0, 0]]),  # a word, too
+        (
+            [[5, 6, 7], [8, 0, 9], [6, 0, 4], [7, 0, 0]],
+            [[1, 1, 1], [1, 0, 1], [1, 0, 1], [1, 0, 0]],
+        ),
+        ([[5, 0, 6, 0], [7, 8, 0, 9], [0, 4, 3, 5]], None),  # values
+        ([[5, 6, 7, 0], [8, 9, 4, 3]], None),  # maybe values of the last column
+        ([[0, 0, 0], [5, 6, 7]], None),
         ([[0, 0], [0, 0]], None),
+        ([[0], [5]], None),
     ],
 )
-def test_kept_by_padding_idx(ids: list[list[int]], kept: list[list[int]] | None) -> None:
-    found = kept_by_padding_idx(torch.tensor(ids), 0)
-    assert kept is None if found is None else found.int().tolist() == kept
+def test_padding_among(ids: list[list[int]], kept: list[list[int]] | None) -> None:
+    found = ~padding_among(torch.tensor(ids) == 0)
+    assert found.int().tolist() == (kept or [[1] * len(row) for row in ids])
