@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
-from typing import Any, TypeGuard
+import sys
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
 from weakref import ref
 
 import torch
@@ -15,7 +16,7 @@ from ..model.architecture import forward_signature, is_defined_in_transformers
 from ..model.parts import outermost_modules
 from .call_hooks import CallHooks, named_arguments
 from .fits import version_of
-from .mask_contents import padding_among
+from .mask_contents import FEW, padding_among
 from .part_arguments import (
     attended_shape,
     attended_tokens,
@@ -41,8 +42,9 @@ _OWN_MASKS |= {"src_key_padding_mask", "tgt_key_padding_mask"}
 def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
     """Return the parts of a model, with or without adapters, that may be passed masks or lengths.
 
-    Parts with cross attention are included, and embeddings that have a number for padding. The
-    model itself comes first, since it may take everything as one argument.
+    Parts with cross attention are included, and embeddings that have a number for padding, with the
+    parts that they are in. The model itself comes first, since it may take everything as one
+    argument.
 
     Returns:
         For each, the number of arguments before its first mask, lengths, attended tokens or ids.
@@ -50,7 +52,8 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
     index_of_kind: dict[tuple[type, type], int | None] = {}
     base = base_model_of(model)
     found = {base: 0}
-    found |= dict.fromkeys(_own_embeddings(base), 0)
+    embeddings = _own_embeddings(base)
+    found |= dict.fromkeys(embeddings, 0)
     for part in base.modules():
         kind = type(part), type(_base_layer_of(part))
         if kind not in index_of_kind:
@@ -58,20 +61,16 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
         index = index_of_kind[kind]
         if index is not None:
             found.setdefault(part, index)
+        elif not isinstance(part, torch.jit.ScriptModule) and embeddings & set(part.modules()):
+            found.setdefault(part, sys.maxsize)
     return found
 
 
-def _own_embeddings(base: nn.Module) -> list[nn.Module]:
+def _own_embeddings(base: nn.Module) -> set[nn.Module]:
     """Return the embeddings with a ``padding_idx``; models of transformers are passed masks."""
     known = outermost_modules(base, is_defined_in_transformers)
     in_transformers = {part for _, model in known for part in model.modules()}
-    return [
-        part
-        for part in base.modules()
-        if getattr(part, "padding_idx", None) is not None
-        and isinstance(part, nn.Embedding)
-        and part not in in_transformers
-    ]
+    return {part for part in base.modules() if _tells_padding(part) and part not in in_transformers}
 
 
 def _first_mask_index(part: nn.Module) -> int | None:
@@ -93,6 +92,23 @@ def _base_layer_of(part: nn.Module) -> nn.Module | None:
     """Return the layer to which one with adapters passes on its keyword arguments."""
     found = getattr(part, "base_layer", None)
     return found if isinstance(found, nn.Module) else None
+
+
+class _Embedded(NamedTuple):
+    """Token ids of one shape that embeddings read, bool (B, T) each.
+
+    Attributes:
+        hidden: which have the number that stands for padding.
+        padding: which of these are padding, not values.
+    """
+
+    hidden: Tensor
+    padding: Tensor
+
+    def merged_with(self, other: _Embedded | None) -> _Embedded:
+        if other is None:
+            return self
+        return _Embedded(self.hidden & other.hidden, self.padding | other.padding)
 
 
 class PartMaskHooks(CallHooks):
@@ -123,19 +139,28 @@ class PartMaskHooks(CallHooks):
         # weakly: a layer may have made them, and pairwise masks are large.
         self._mask_cache: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._merged_masks: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
-        self._embedded: dict[torch.Size, TokenMask] = {}  # of ids, by their shape
+        # ids that were embedded, and their last masks, by shape
+        self._embedded: dict[torch.Size, _Embedded] = {}
+        self._mask_of_shape: dict[torch.Size, TokenMask] = {}
+        self._id_masks: list[Tensor | None] = []  # all of them
+        # stack of open calls with ids alone, in which no others matter, and those around each
+        self._ids_outside: list[tuple[nn.Module, dict[torch.Size, _Embedded]]] = []
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        relevant = _tells_padding(module) or any(map(_is_relevant, kwargs.items()))
+        embeds = _tells_padding(module)
+        if not embeds and _are_ids_alone((*args, *kwargs.values())):
+            self._ids_outside.append((module, self._embedded))
+            self._embedded = {}
+        relevant = embeds or any(map(_is_relevant, kwargs.items()))
         if len(args) <= self._first_mask_index[module] and not relevant:
             return  # early, since most parts are passed no mask
         arguments = dense_arguments(named_arguments(module, args, kwargs))
         if is_cross_attention(arguments):
             return  # the masks are of keys from elsewhere
         mask, outer = self._mask_of(arguments), self._use_mask()
-        if mask is None and _tells_padding(module):
+        if _tells_padding(module) and mask is None:
             mask = self._mask_of_ids(module, arguments)
         cross_shape = attended_shape(arguments)
         if mask is None and outer.from_parts:
@@ -152,25 +177,34 @@ class PartMaskHooks(CallHooks):
     def _mask_of_ids(
         self, embedding: nn.Embedding, arguments: Mapping[str, Any]
     ) -> TokenMask | None:
-        """Return the mask of the token ids of an embedding, ``None`` if none seem to be padding.
-
-        The mask of an earlier call is the same if it is equal. If it differs, there are two texts
-        of one shape, of which later layers may read either: then every token counts.
-        """
         ids = next(filter(may_be_ids, arguments.values()), None)
         if ids is None or not ids.numel():
             return None
         ids = ids.cpu()
+        hidden = ids == embedding.padding_idx
         flags = int(ids.max()) - int(ids.min()) < 2  # such as two segments, or holidays
-        hidden = padding_among(ids == embedding.padding_idx)
-        known = self._embedded.get(ids.shape)
-        if known is None and (flags or not hidden.any()):
+        padding = torch.zeros_like(hidden) if flags else padding_among(hidden)
+        return self._mask_of_embedded(_Embedded(hidden, padding))
+
+    def _mask_of_embedded(self, ids: _Embedded) -> TokenMask | None:
+        """Return the mask of ids that are embedded, ``None`` if none of their shape are padding.
+
+        If there were others of their shape, later layers may read any of these: a token counts
+        unless it is padding in one of them, and has the number for it in all.
+        """
+        shape = ids.hidden.shape
+        ids = self._embedded[shape] = ids.merged_with(self._embedded.get(shape))
+        known = self._mask_of_shape.get(shape)
+        if known is None and not ids.padding.any():
             return None
-        if known is None or known.main is None or not torch.equal(~hidden, known.main):
-            kept = ~hidden if known is None else torch.ones_like(hidden)
-            known = self._silent_mask({"attention_mask": kept}, tuple(ids.shape))
-            self._embedded[ids.shape] = known
-        return known
+        kept = ~(ids.hidden & ids.padding)
+        several = int((ids.padding & kept).sum()) > FEW * kept.numel() and min(shape) > 1
+        if known is not None and _is_mask_of(known, kept, several):
+            return known  # the same, so that layers may share a stream
+        mask = self._mask_of_shape[shape] = self._silent_mask({"attention_mask": kept}, shape)
+        mask.is_of_several_texts = several
+        self._id_masks.append(mask.main)
+        return mask
 
     def _merged_with(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask to use in a part.
@@ -181,7 +215,10 @@ class PartMaskHooks(CallHooks):
             outer: the mask in use around the part.
             mask: the mask from the arguments of the part.
         """
-        covered = not self._outer_is_of_others(outer, mask) and _takes_precedence(outer, mask)
+        others_mask = self._without_ids_like(outer, mask)
+        covered = not self._outer_is_of_others(outer, mask) and _takes_precedence(others_mask, mask)
+        if self._is_of_ids(mask.main) and not covered:
+            return mask
         # known already from the batch, a user's function, or an enclosing part
         known = not outer.from_parts and (covered or _keeps_every_token(mask))
         assumed = mask.main if mask.main_is_assumed else None
@@ -196,17 +233,36 @@ class PartMaskHooks(CallHooks):
         return self._merged_masks[outer, mask]
 
     def _after_call(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._open_calls or self._open_calls[-1][0] is not module:
-            return
-        _, mask, outer = self._open_calls.pop()
+        if self._open_calls and self._open_calls[-1][0] is module:
+            _, mask, outer = self._open_calls.pop()
+            self._use_mask_after(module, mask, outer)
+        if self._ids_outside and self._ids_outside[-1][0] is module:
+            inside, self._embedded = self._embedded, self._ids_outside.pop()[1]
+            after = [self._mask_of_embedded(ids) for ids in inside.values()]
+            for known in filter(None, after):  # others than inside where there were ids outside
+                self._use_mask_after(module, known, self._use_mask())
+
+    def _use_mask_after(self, module: nn.Module, mask: TokenMask, outer: TokenMask) -> None:
+        """Use the mask after a part: that around it, with those of other shapes in the part."""
         skips_media = module not in self._media_parts
         if not self._open_calls:
             self._use_mask(outer.after_part(mask, skips_media))
             return
         part, in_use, before = self._open_calls[-1]
-        after = _with_inner_masks(outer, mask, skips_media)
+        after = _with_inner_masks(self._without_ids_like(outer, mask), mask, skips_media)
         self._open_calls[-1] = part, after if in_use is outer else in_use, before
         self._use_mask(after)
+
+    def _is_of_ids(self, kept: Tensor | None) -> bool:
+        return any(kept is known for known in self._id_masks)
+
+    def _without_ids_like(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
+        """Return a mask without those of ids of one shape that were embedded before others."""
+        if mask.main is None or not self._is_of_ids(mask.main):
+            return outer
+        shape = mask.main.shape
+        units = [u for u in outer.unit_masks if u.shape != shape or not self._is_of_ids(u)]
+        return outer if len(units) == len(outer.unit_masks) else outer.with_unit_masks(units)
 
     def _outer_is_of_others(self, outer: TokenMask, mask: TokenMask) -> bool:
         """Tell whether the mask of the enclosing part is of other tokens than this part's.
@@ -274,8 +330,24 @@ class PartMaskHooks(CallHooks):
         return mask
 
 
+def _is_mask_of(mask: TokenMask, kept: Tensor, several_texts: bool) -> bool:
+    equal = mask.main is not None and torch.equal(mask.main, kept)
+    return equal and mask.is_of_several_texts is several_texts
+
+
 def _tells_padding(part: nn.Module) -> TypeGuard[nn.Embedding]:
     return isinstance(part, nn.Embedding) and part.padding_idx is not None
+
+
+def _are_ids_alone(values: Iterable[Any]) -> bool:
+    """Tell whether there are token ids among arguments, and no states of tokens."""
+    packed: list[Any] = []
+    for value in values:
+        items = value.values() if isinstance(value, Mapping) else value
+        packed.extend(items if isinstance(value, (Mapping, tuple, list)) else [value])
+    tensors = [value for value in packed if isinstance(value, Tensor)]
+    states = (value.is_floating_point() and value.dim() > 2 for value in tensors)
+    return any(map(may_be_ids, tensors)) and not any(states)
 
 
 def _is_relevant(argument: tuple[str, Any]) -> bool:

@@ -42,6 +42,8 @@ class TokenMask(BatchMasks):
         main_is_assumed: ``main`` is an assumption that every token counts; the masks are of others.
         seem_kept: the tokens of a batch without masks, bool (B, T), that seem to be no padding.
         from_parts: the masks are those passed to parts of the model; the batch has none.
+        is_of_several_texts: ``main`` is of texts of one shape with other padding each, and keeps
+            what is a token in any of them.
         sequence_first: by layer, whether its input is, as far as batches have shown.
         attended_states: the hidden states that ``cross_masks`` masks, if they have the shape of
             ``main``.
@@ -54,7 +56,7 @@ class TokenMask(BatchMasks):
         self.draws: dict[str, Draw] = {}
         self.warned: set[str] = set()
         self.suppress_warnings = self.skips_media_layers = False
-        self.main_is_assumed = self.from_parts = False
+        self.main_is_assumed = self.from_parts = self.is_of_several_texts = False
         self.seem_kept: Tensor | None = None
         self.sequence_first: dict[str, bool] = {}
         self.attended_states: ref[Tensor] | None = None
@@ -162,6 +164,8 @@ class TokenMask(BatchMasks):
                 return None
             every_row = torch.ones(shape[:-1].numel(), dtype=torch.bool, device="cpu")
             fit = FittedMask(f"all of {len(every_row)}", every_row)
+        elif self.is_of_several_texts and fit.mask is self.main:
+            self._warn_of_several_texts(name)
         return self._indices(fit, device, self._is_sequence_first(fit.mask, leading, name))
 
     def _find_fit(
@@ -295,6 +299,17 @@ class TokenMask(BatchMasks):
                 "If so, let the loader yield a mapping with an attention_mask that is 0 there; "
                 "where the model does not take it, pass forward_fn, too"
             )
+
+    def _warn_of_several_texts(self, name: str) -> None:
+        if self.main is None or "counted padding" in self.warned:
+            return
+        self.warned.add("counted padding")
+        warn(
+            f"layer {name}: some tokens that count seem to be padding, since the model embeds "
+            f"several texts of shape {tuple(self.main.shape)} before, and may read any of them "
+            "here. If so, let the loader pad each to a length of its own, or pass "
+            "prepare_layer_inputs_fn to select rows"
+        )
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

@@ -99,41 +99,19 @@ def test_two_texts_of_different_shapes_have_masks_of_their_own(embeds_both_first
     check(Translator(embeds_both_first), data, kept)
 
 
-@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
-def test_all_tokens_count_where_two_texts_of_one_shape_were_embedded() -> None:
+SEEMS = "ignore:.* seem to be padding:eva_kernels.EvaWarning"
+
+
+@pytest.mark.parametrize("embeds_both_first", [False, True])
+def test_tokens_of_any_text_count_where_two_of_one_shape_were_embedded(
+    embeds_both_first: bool,
+) -> None:
     """Later layers may read either: the keys here, with any names, read the first."""
     data = [{"src": b["ids"], "tgt": b["ids"].flip(0)} for b in batches()]
-    every = torch.ones_like(KEPT)
-    check(Translator(), data, {"encoder": KEPT, **dict.fromkeys(["keys", "decoder"], every)})
-    check(Translator(embeds_both_first=True), data, {"encoder": every, "keys": every})
-
-
-def test_mask_in_the_batch_takes_precedence() -> None:
-    class Masked(Tagger):
-        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
-            return super().forward(ids)
-
-    kept = KEPT.clone()
-    kept[0, 3:] = False
-    data = [{**batch, "attention_mask": kept.long()} for batch in batches()]
-    check(Masked(), data, {"before": kept})
-
-
-@pytest.mark.filterwarnings("ignore:.* seem to be padding:eva_kernels.EvaWarning")
-def test_only_padding_idx_tells_padding() -> None:
-    every = torch.ones_like(KEPT)
-    check(Tagger(None), batches(), {"before": every})
-    check(Tagger(VOCABULARY), batches(), {"before": every})
-
-
-def test_padding_idx_in_models_of_transformers_is_not_consulted() -> None:
-    """They attend to padding unless they are passed an attention_mask, as the warning says."""
-    model = make_bert()
-    assert model.embeddings.word_embeddings.padding_idx == 0
-    data = [{"input_ids": b["ids"]} for b in batches()]
-    config = lora(tau=1.0, target_modules=["query"])
-    with pytest.warns(eva_kernels.EvaWarning, match="no attention_mask hides them"):
-        assert run(model, data, config, **EXACT).tokens == 4 * KEPT.numel()
+    either = KEPT | KEPT.flip(0)
+    kept = {"encoder": either if embeds_both_first else KEPT, "keys": either, "decoder": either}
+    with pytest.warns(eva_kernels.EvaWarning, match="may read any of them"):
+        check(Translator(embeds_both_first), data, kept)
 
 
 class Tower(nn.Module):
@@ -143,6 +121,47 @@ class Tower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.layer(self.words(ids))
+
+
+class Siamese(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tower, self.match = Tower(), nn.Linear(16, 16)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        x, y = self.tower(first), self.tower(second)
+        return x.mean(1) * self.match(y).mean(1)
+
+
+@pytest.mark.parametrize("rows", [[2, 1, 0], [0, 0, 0]])  # the latter without padding
+@pytest.mark.filterwarnings(SEEMS)
+def test_each_call_with_ids_alone_has_a_mask_of_its_own(rows: list[int]) -> None:
+    data = [{"first": b["ids"], "second": b["ids"][rows]} for b in batches()]
+    model, second = Siamese().eval(), KEPT[rows]
+    result = run(model, data, lora(tau=1.0, target_modules=["layer", "match"]), **EXACT)
+    inputs = layer_inputs(model, data, ["tower.layer", "match"])
+    kept = {"tower.layer": torch.cat([KEPT, second]), "match": KEPT | second}
+    for name, rows_kept in kept.items():
+        x = inputs[name][rows_kept.flatten().repeat(4)]
+        assert lost(result.components[name], x) < 1e-6, name
+
+
+def test_texts_of_one_shape_beside_a_sound_with_lengths() -> None:
+    """In a part that is passed lengths, the mask of the first text must not hide the second."""
+
+    class Model(Tower):
+        def forward(self, sound: Tensor, sound_lengths: Tensor, q: Tensor, d: Tensor) -> Tensor:
+            x = super().forward(q).sum() + sound.sum() + sound_lengths.sum()
+            return x + super().forward(d)
+
+    sound = {"sound": torch.randn(3, 9, 16), "sound_lengths": torch.tensor([9, 5, 3])}
+    data = [{**sound, "q": b["ids"], "d": b["ids"][[0, 0, 0]]} for b in batches()]
+    model = Model().eval()
+    result = run(model, data, lora(tau=1.0, target_modules=["layer"]), **EXACT)
+    kept = torch.cat([KEPT, torch.ones_like(KEPT)]).flatten().repeat(4)
+    x = layer_inputs(model, data, ["layer"])["layer"][kept]
+    assert lost(result.components["layer"], x) < 1e-6
 
 
 def test_empty_samples_do_not_count() -> None:
@@ -168,6 +187,52 @@ def test_ids_are_found_under_any_name() -> None:
 
     torch.manual_seed(0)
     check(Model(), batches(), {"layer": KEPT})
+
+
+def test_segments_of_zeros_and_ones_hide_no_words() -> None:
+    """As in BERT-pytorch, whose segments are embedded with padding_idx=0."""
+
+    class Model(Tower):
+        def __init__(self) -> None:
+            super().__init__()
+            self.segments = words(size=3)
+
+        def forward(self, ids: Tensor, segments: Tensor) -> Tensor:
+            return self.layer(self.words(ids) + self.segments(segments))
+
+    torch.manual_seed(0)
+    segments = (torch.arange(7) > 1).long() * KEPT
+    data = [{"ids": b["ids"], "segments": segments} for b in batches()]
+    check(Model(), data, {"layer": KEPT})
+    check(Model(), [{**b, "ids": b["ids"][[0] * 3]} for b in data], {"layer": KEPT | True})
+
+
+def test_mask_in_the_batch_takes_precedence() -> None:
+    class Masked(Tagger):
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return super().forward(ids)
+
+    kept = KEPT.clone()
+    kept[0, 3:] = False
+    data = [{**batch, "attention_mask": kept.long()} for batch in batches()]
+    check(Masked(), data, {"before": kept})
+
+
+@pytest.mark.filterwarnings(SEEMS)
+def test_only_padding_idx_tells_padding() -> None:
+    every = torch.ones_like(KEPT)
+    check(Tagger(None), batches(), {"before": every})
+    check(Tagger(VOCABULARY), batches(), {"before": every})
+
+
+def test_padding_idx_in_models_of_transformers_is_not_consulted() -> None:
+    """They attend to padding unless they are passed an attention_mask, as the warning says."""
+    model = make_bert()
+    assert model.embeddings.word_embeddings.padding_idx == 0
+    data = [{"input_ids": b["ids"]} for b in batches()]
+    config = lora(tau=1.0, target_modules=["query"])
+    with pytest.warns(eva_kernels.EvaWarning, match="no attention_mask hides them"):
+        assert run(model, data, config, **EXACT).tokens == 4 * KEPT.numel()
 
 
 @pytest.mark.parametrize("size", [3, 6])
