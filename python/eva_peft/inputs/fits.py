@@ -16,6 +16,7 @@ __all__ = [
     "holds_more_than",
     "longest_sample",
     "mask_of_pairs",
+    "nested_fit",
     "of_own_pairs",
     "padded_to_windows",
     "repeated_per_frame",
@@ -99,6 +100,24 @@ def holds_more_than(leading: tuple[int, ...], mask: Tensor) -> bool:
     return (
         len(leading) == mask.dim() == 2 and leading[0] == len(mask) and leading[1] > mask.shape[1]
     )
+
+
+def nested_fit(masks: Sequence[Tensor | None], leading: tuple[int, ...]) -> FittedMask | None:
+    """Return the mask of units that have tokens, such as the sentences of documents.
+
+    Args:
+        masks: of the tokens of all units, (B * S, T).
+        leading: (B, S, T), or (B, S), of which those without a token do not count.
+    """
+    for i, mask in enumerate(masks if len(leading) in (2, 3) and 1 not in leading[:2] else ()):
+        if mask is None or mask.dim() != 2 or len(mask) != leading[0] * leading[1]:
+            continue
+        units = mask.any(1)
+        if len(leading) == 2 and not units.all():
+            return FittedMask(f"units of {i} {leading}", units.view(leading))
+        if leading[2:] == mask.shape[1:]:
+            return FittedMask(f"nested {i} {leading}", mask.reshape(leading))
+    return None
 
 
 def repeated_per_frame(fit: FittedMask, leading: tuple[int, ...]) -> FittedMask:

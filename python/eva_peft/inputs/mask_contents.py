@@ -122,7 +122,9 @@ def padding_among(hidden: Tensor) -> Tensor:
     Args:
         hidden: which tokens are that number, bool (B, T), or (T, B).
     """
-    if hidden.shape[1] > 1 and hidden[:, 0].all():
+    if hidden.shape[1] < 2:
+        return torch.zeros_like(hidden)
+    if hidden[:, 0].all():
         behind = _padding_on_the_right(hidden[:, 1:])
         if behind.any() or not hidden[:, 1:].any():
             return torch.cat([torch.zeros_like(hidden[:, :1]), behind], dim=1)

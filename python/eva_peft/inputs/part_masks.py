@@ -177,13 +177,16 @@ class PartMaskHooks(CallHooks):
     def _mask_of_ids(
         self, embedding: nn.Embedding, arguments: Mapping[str, Any]
     ) -> TokenMask | None:
-        ids = next(filter(may_be_ids, arguments.values()), None)
-        if ids is None or not ids.numel():
+        values = (v for v in arguments.values() if isinstance(v, Tensor))
+        rows = (v.flatten(0, 1) if v.dim() == 3 else v for v in values)  # maybe of documents
+        ids, padding_idx = next(filter(may_be_ids, rows), None), embedding.padding_idx
+        if ids is None or padding_idx is None or not ids.numel():
             return None
         ids = ids.cpu()
-        hidden = ids == embedding.padding_idx
-        flags = int(ids.max()) - int(ids.min()) < 2  # such as two segments, or holidays
-        padding = torch.zeros_like(hidden) if flags else padding_among(hidden)
+        hidden, padding = ids.eq(padding_idx), torch.zeros_like(ids, dtype=torch.bool)
+        # others are flags, such as two segments, or holidays
+        if hidden.any() and int(ids.max()) - int(ids.min()) > 1:
+            padding = padding_among(hidden)
         return self._mask_of_embedded(_Embedded(hidden, padding))
 
     def _mask_of_embedded(self, ids: _Embedded) -> TokenMask | None:

@@ -18,6 +18,7 @@ from .fits import (
     TokenSlice,
     are_same_tensors,
     holds_more_than,
+    nested_fit,
     token_slice_of,
 )
 from .fitting_masks import BatchMasks
@@ -200,7 +201,8 @@ class TokenMask(BatchMasks):
     def _fit_units(self, leading: tuple[int, ...]) -> FittedMask | None:
         shapes = leading, leading[::-1]
         fits = (FittedMask(f"units {i}", mask) for i, mask in enumerate(self.unit_masks))
-        return next((fit for fit in fits if tuple(fit.mask.shape) in shapes), None)
+        fit = next((fit for fit in fits if tuple(fit.mask.shape) in shapes), None)
+        return nested_fit(self.masks, leading) if fit is None else fit
 
     def rows_of_selected(
         self, token_indices: Tensor, num_tokens: int, name: str

@@ -172,6 +172,26 @@ def test_empty_samples_do_not_count() -> None:
     check(model, [b["ids"] for b in data], {"1": kept})
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_padding_of_documents_is_known_of_words_and_of_sentences(flat: bool) -> None:
+    """Ids are (B, S, T): as in attention networks of hierarchies, or NRMS with its news."""
+
+    class Model(Tower):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sentences = nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids.view(-1, 7) if flat else ids)
+            return self.sentences(self.layer(x).mean(-2).view(2, 3, 16))
+
+    torch.manual_seed(0)
+    mask = torch.stack([KEPT, KEPT])
+    mask[1, 1:] = False
+    data = [{"ids": torch.stack([b["ids"], b["ids"]]) * mask} for b in batches()]
+    check(Model(), data, {"layer": mask, "sentences": mask.any(-1)})
+
+
 def test_ids_are_found_under_any_name() -> None:
     class Scaled(nn.Embedding):
         def forward(self, tokens: Tensor) -> Tensor:
