@@ -18,7 +18,6 @@ __all__ = [
     "kept_by_attention",
     "kept_by_padding",
     "mask_from_lengths",
-    "padding_among",
     "seem_kept",
 ]
 
@@ -110,42 +109,6 @@ def kept_by_padding(mask: Tensor) -> Tensor | None:
     if not _keeps_every_sample(kept):
         kept = ~kept
     return kept if _keeps_every_sample(kept) else None
-
-
-def padding_among(hidden: Tensor) -> Tensor:
-    """Return which tokens with the ``padding_idx`` of an embedding are padding, bool (B, T).
-
-    The others are values, such as an unknown word, a rest in music, or the hour 0. Padding fills
-    one end of samples, in longer runs than elsewhere, where there are few. Where samples are padded
-    on the right, all may begin with a token of that number, as with a transducer's blank.
-
-    Args:
-        hidden: which tokens are that number, bool (B, T), or (T, B).
-    """
-    if hidden.shape[1] < 2:
-        return torch.zeros_like(hidden)
-    if hidden[:, 0].all():
-        behind = _padding_on_the_right(hidden[:, 1:])
-        if behind.any() or not hidden[:, 1:].any():
-            return torch.cat([torch.zeros_like(hidden[:, :1]), behind], dim=1)
-    longest = int(hidden.sum(0).max())  # if 1, it may be a value in the last sample
-    if longest > 1 and not hidden[0].any() and is_right_padded(~hidden.mT):
-        return hidden  # sequence first
-    found = _padding_on_the_right(hidden)
-    return found if found.any() else _padding_on_the_right(hidden.flip(1)).flip(1)
-
-
-def _padding_on_the_right(hidden: Tensor) -> Tensor:
-    run = hidden.flip(1).cumprod(1).flip(1).bool()
-    others, whole = hidden & ~run, run.all(1)
-    count = others.cumsum(1)
-    longest = (count - (count * ~others).cummax(1).values).max()
-    padded = run.sum(1) > longest
-    # whole samples alone, or single tokens alone, may be values, such as those of a last column
-    evident = (padded & ~whole).any() and (whole.any() or (run.sum(1) > 1).any())
-    if others.sum() > FEW * hidden.numel() or not evident:
-        return torch.zeros_like(hidden)
-    return run & padded[:, None]
 
 
 def seem_kept(ids: Tensor) -> Tensor | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from collections.abc import Callable, Container, Mapping
+from typing import Any
 from weakref import ref
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._peft_compat import base_model_of
-from ..model.architecture import forward_signature, is_defined_in_transformers
-from ..model.parts import outermost_modules
+from ..model.architecture import forward_signature
 from .call_hooks import CallHooks, named_arguments
+from .embedded_ids import EmbeddedIds, own_embeddings, tells_padding
 from .fits import version_of
-from .mask_contents import FEW, padding_among
 from .part_arguments import (
     attended_shape,
     attended_tokens,
@@ -29,7 +28,6 @@ from .part_arguments import (
     text_or_decoder_inputs,
     token_shape,
 )
-from .roles import may_be_ids
 from .token_mask import TokenMask
 
 __all__ = ["PartMaskHooks", "parts_taking_masks"]
@@ -52,7 +50,7 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
     index_of_kind: dict[tuple[type, type], int | None] = {}
     base = base_model_of(model)
     found = {base: 0}
-    embeddings = _own_embeddings(base)
+    embeddings = own_embeddings(base)
     found |= dict.fromkeys(embeddings, 0)
     for part in base.modules():
         kind = type(part), type(_base_layer_of(part))
@@ -64,13 +62,6 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
         elif not isinstance(part, torch.jit.ScriptModule) and embeddings & set(part.modules()):
             found.setdefault(part, sys.maxsize)
     return found
-
-
-def _own_embeddings(base: nn.Module) -> set[nn.Module]:
-    """Return the embeddings with a ``padding_idx``; models of transformers are passed masks."""
-    known = outermost_modules(base, is_defined_in_transformers)
-    in_transformers = {part for _, model in known for part in model.modules()}
-    return {part for part in base.modules() if _tells_padding(part) and part not in in_transformers}
 
 
 def _first_mask_index(part: nn.Module) -> int | None:
@@ -92,23 +83,6 @@ def _base_layer_of(part: nn.Module) -> nn.Module | None:
     """Return the layer to which one with adapters passes on its keyword arguments."""
     found = getattr(part, "base_layer", None)
     return found if isinstance(found, nn.Module) else None
-
-
-class _Embedded(NamedTuple):
-    """Token ids of one shape that embeddings read, bool (B, T) each.
-
-    Attributes:
-        hidden: which have the number that stands for padding.
-        padding: which of these are padding, not values.
-    """
-
-    hidden: Tensor
-    padding: Tensor
-
-    def merged_with(self, other: _Embedded | None) -> _Embedded:
-        if other is None:
-            return self
-        return _Embedded(self.hidden & other.hidden, self.padding | other.padding)
 
 
 class PartMaskHooks(CallHooks):
@@ -139,29 +113,21 @@ class PartMaskHooks(CallHooks):
         # weakly: a layer may have made them, and pairwise masks are large.
         self._mask_cache: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._merged_masks: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
-        # ids that were embedded, and their last masks, by shape
-        self._embedded: dict[torch.Size, _Embedded] = {}
-        self._mask_of_shape: dict[torch.Size, TokenMask] = {}
-        self._id_masks: list[Tensor | None] = []  # all of them
-        # stack of open calls with ids alone, in which no others matter, and those around each
-        self._ids_outside: list[tuple[nn.Module, dict[torch.Size, _Embedded]]] = []
+        self._embedded_ids = EmbeddedIds(self._silent_mask)
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        embeds = _tells_padding(module)
-        if not embeds and _are_ids_alone((*args, *kwargs.values())):
-            self._ids_outside.append((module, self._embedded))
-            self._embedded = {}
-        relevant = embeds or any(map(_is_relevant, kwargs.items()))
+        self._embedded_ids.begin_call(module, (*args, *kwargs.values()))
+        relevant = tells_padding(module) or any(map(_is_relevant, kwargs.items()))
         if len(args) <= self._first_mask_index[module] and not relevant:
             return  # early, since most parts are passed no mask
         arguments = dense_arguments(named_arguments(module, args, kwargs))
         if is_cross_attention(arguments):
             return  # the masks are of keys from elsewhere
         mask, outer = self._mask_of(arguments), self._use_mask()
-        if _tells_padding(module) and mask is None:
-            mask = self._mask_of_ids(module, arguments)
+        if mask is None and tells_padding(module):
+            mask = self._embedded_ids.mask_of_call(module, arguments)
         cross_shape = attended_shape(arguments)
         if mask is None and outer.from_parts:
             mask = self._mask_of_earlier_part(outer.main, token_shape(arguments), cross_shape)
@@ -174,41 +140,6 @@ class PartMaskHooks(CallHooks):
         if mask is not outer:
             self._open_calls.append((module, mask, self._use_mask(mask)))
 
-    def _mask_of_ids(
-        self, embedding: nn.Embedding, arguments: Mapping[str, Any]
-    ) -> TokenMask | None:
-        values = (v for v in arguments.values() if isinstance(v, Tensor))
-        rows = (v.flatten(0, 1) if v.dim() == 3 else v for v in values)  # maybe of documents
-        ids, padding_idx = next(filter(may_be_ids, rows), None), embedding.padding_idx
-        if ids is None or padding_idx is None or not ids.numel():
-            return None
-        ids = ids.cpu()
-        hidden, padding = ids.eq(padding_idx), torch.zeros_like(ids, dtype=torch.bool)
-        # others are flags, such as two segments, or holidays
-        if hidden.any() and int(ids.max()) - int(ids.min()) > 1:
-            padding = padding_among(hidden)
-        return self._mask_of_embedded(_Embedded(hidden, padding))
-
-    def _mask_of_embedded(self, ids: _Embedded) -> TokenMask | None:
-        """Return the mask of ids that are embedded, ``None`` if none of their shape are padding.
-
-        If there were others of their shape, later layers may read any of these: a token counts
-        unless it is padding in one of them, and has the number for it in all.
-        """
-        shape = ids.hidden.shape
-        ids = self._embedded[shape] = ids.merged_with(self._embedded.get(shape))
-        known = self._mask_of_shape.get(shape)
-        if known is None and not ids.padding.any():
-            return None
-        kept = ~(ids.hidden & ids.padding)
-        several = int((ids.padding & kept).sum()) > FEW * kept.numel() and min(shape) > 1
-        if known is not None and _is_mask_of(known, kept, several):
-            return known  # the same, so that layers may share a stream
-        mask = self._mask_of_shape[shape] = self._silent_mask({"attention_mask": kept}, shape)
-        mask.is_of_several_texts = several
-        self._id_masks.append(mask.main)
-        return mask
-
     def _merged_with(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
         """Return the mask to use in a part.
 
@@ -218,9 +149,9 @@ class PartMaskHooks(CallHooks):
             outer: the mask in use around the part.
             mask: the mask from the arguments of the part.
         """
-        others_mask = self._without_ids_like(outer, mask)
-        covered = not self._outer_is_of_others(outer, mask) and _takes_precedence(others_mask, mask)
-        if self._is_of_ids(mask.main) and not covered:
+        told = self._embedded_ids.without_earlier(outer, mask)
+        covered = not self._outer_is_of_others(outer, mask) and _takes_precedence(told, mask)
+        if self._embedded_ids.have_mask(mask.main) and not covered:
             return mask
         # known already from the batch, a user's function, or an enclosing part
         known = not outer.from_parts and (covered or _keeps_every_token(mask))
@@ -239,11 +170,8 @@ class PartMaskHooks(CallHooks):
         if self._open_calls and self._open_calls[-1][0] is module:
             _, mask, outer = self._open_calls.pop()
             self._use_mask_after(module, mask, outer)
-        if self._ids_outside and self._ids_outside[-1][0] is module:
-            inside, self._embedded = self._embedded, self._ids_outside.pop()[1]
-            after = [self._mask_of_embedded(ids) for ids in inside.values()]
-            for known in filter(None, after):  # others than inside where there were ids outside
-                self._use_mask_after(module, known, self._use_mask())
+        for mask in self._embedded_ids.end_call(module):
+            self._use_mask_after(module, mask, self._use_mask())
 
     def _use_mask_after(self, module: nn.Module, mask: TokenMask, outer: TokenMask) -> None:
         """Use the mask after a part: that around it, with those of other shapes in the part."""
@@ -252,20 +180,10 @@ class PartMaskHooks(CallHooks):
             self._use_mask(outer.after_part(mask, skips_media))
             return
         part, in_use, before = self._open_calls[-1]
-        after = _with_inner_masks(self._without_ids_like(outer, mask), mask, skips_media)
+        outside = self._embedded_ids.without_earlier(outer, mask)
+        after = _with_inner_masks(outside, mask, skips_media)
         self._open_calls[-1] = part, after if in_use is outer else in_use, before
         self._use_mask(after)
-
-    def _is_of_ids(self, kept: Tensor | None) -> bool:
-        return any(kept is known for known in self._id_masks)
-
-    def _without_ids_like(self, outer: TokenMask, mask: TokenMask) -> TokenMask:
-        """Return a mask without those of ids of one shape that were embedded before others."""
-        if mask.main is None or not self._is_of_ids(mask.main):
-            return outer
-        shape = mask.main.shape
-        units = [u for u in outer.unit_masks if u.shape != shape or not self._is_of_ids(u)]
-        return outer if len(units) == len(outer.unit_masks) else outer.with_unit_masks(units)
 
     def _outer_is_of_others(self, outer: TokenMask, mask: TokenMask) -> bool:
         """Tell whether the mask of the enclosing part is of other tokens than this part's.
@@ -331,26 +249,6 @@ class PartMaskHooks(CallHooks):
             mask = self._silent_mask({**inputs, **named_masks}, shape) if named_masks else None
             self._mask_cache[key] = [ref(source) for source in sources.values()], mask
         return mask
-
-
-def _is_mask_of(mask: TokenMask, kept: Tensor, several_texts: bool) -> bool:
-    equal = mask.main is not None and torch.equal(mask.main, kept)
-    return equal and mask.is_of_several_texts is several_texts
-
-
-def _tells_padding(part: nn.Module) -> TypeGuard[nn.Embedding]:
-    return isinstance(part, nn.Embedding) and part.padding_idx is not None
-
-
-def _are_ids_alone(values: Iterable[Any]) -> bool:
-    """Tell whether there are token ids among arguments, and no states of tokens."""
-    packed: list[Any] = []
-    for value in values:
-        items = value.values() if isinstance(value, Mapping) else value
-        packed.extend(items if isinstance(value, (Mapping, tuple, list)) else [value])
-    tensors = [value for value in packed if isinstance(value, Tensor)]
-    states = (value.is_floating_point() and value.dim() > 2 for value in tensors)
-    return any(map(may_be_ids, tensors)) and not any(states)
 
 
 def _is_relevant(argument: tuple[str, Any]) -> bool:

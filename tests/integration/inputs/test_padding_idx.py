@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import eva_kernels
-from eva_peft.inputs.mask_contents import padding_among
+from eva_peft.inputs.embedded_ids import padding_among
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
 from integration.inputs.padding_blocks import EXACT, KEPT, batches
 
