@@ -322,7 +322,7 @@ FAULTS: dict[str, Fault] = {
 
 # torch warns of complex adapters when PEFT makes them, and one fault has such a layer
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature:UserWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_raises_its_error_and_changes_nothing(name: str, tmp_path: Path) -> None:
     fault, setup = FAULTS[name], Setup(tmp_path)

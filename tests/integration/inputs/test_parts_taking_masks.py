@@ -87,7 +87,7 @@ def test_nested_and_sparse_masks_are_ignored(kind: str) -> None:
     assert result.tokens == 4 * int(KEPT.sum())
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_scripted_parts_take_no_hooks() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
