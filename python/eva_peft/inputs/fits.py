@@ -139,9 +139,8 @@ def repeated_per_head(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
 
 def of_own_pairs(mask: Tensor, leading: tuple[int, ...]) -> Tensor | None:
     """Return the mask of an input with each pair of tokens of a sample, (B, T, T)."""
-    if len(mask) != leading[0] or leading[1:] != (mask.shape[1],) * 2:
-        return None
-    return mask[:, :, None] & mask[:, None]
+    samples, tokens = mask.shape
+    return mask[:, :, None] & mask[:, None] if leading == (samples, tokens, tokens) else None
 
 
 def mask_of_pairs(frames: Tensor, steps: Tensor | None, leading: tuple[int, ...]) -> Tensor:

@@ -101,10 +101,13 @@ def attended_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
 
 def is_cross_attention(arguments: Mapping[str, Any]) -> bool:
     """Tell whether these are arguments of attention to other tokens, without a word for them."""
-    return any(
-        isinstance(arguments.get(key), Tensor) and arguments[key] is not arguments.get(query)
-        for key, query in _QUERY_OF_KEY.items()
-    )
+    own = own_tokens(arguments)
+    for key, query in _QUERY_OF_KEY.items():
+        attended, attending = arguments.get(key), arguments.get(query)
+        attending = own if attending is None else attending
+        if isinstance(attended, Tensor) and attended is not attending:
+            return True
+    return False
 
 
 def text_or_decoder_inputs(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def test_changed_batch_can_be_passed() -> None:
 def test_parts_in_another_order_need_a_changed_batch_for_a_function() -> None:
     """GPT-2 takes a cache before the mask, but the function knows which part is which."""
     batch = tuple(text().values())
-    with pytest.raises(EvaTypeError, match="a mask in place of (past_key_values|cache)"):
+    with pytest.raises(EvaTypeError, match=r"a mask in place of (past_key_values|cache)"):
         eva_kernels.check_padding(make_gpt2(), batch, lora())
     with pytest.raises(EvaValueError, match=r"no mask that marks padding.* or pass as changed="):
         eva_kernels.check_padding(make_gpt2(), batch, lora(), **BY_INDEX)

@@ -370,3 +370,27 @@ def test_lengths_of_keys_do_not_mask_queries() -> None:
     x = layer_inputs(model, data, [name])[name]
     result = run(model, data, lora(tau=1.0, target_modules=[name]), **EXACT)
     assert lost(result.components[name], x) < 1e-6
+
+
+def test_mask_of_keys_applies_to_keys_that_are_all_that_a_part_reads() -> None:
+    class Keys(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Linear(16, 16)
+
+        def forward(self, keys: Tensor, mask: Tensor) -> Tensor:
+            return self.project(keys) * mask[..., None]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.keys = nn.Embedding(VOCABULARY, 16), Keys()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.keys(self.words(ids), ids != 0)
+
+    model, name = Model().eval(), "keys.project"
+    x = layer_inputs(model, batches(), [name])[name]
+    result = run(model, batches(), lora(tau=1.0, target_modules=[name]), **EXACT)
+    assert lost(result.components[name], x[KEPT.flatten().repeat(4)]) < 1e-6

@@ -473,6 +473,7 @@ def test_rows_of_a_mask_for_each_shape() -> None:
         assert rows is not None
         assert rows.tolist() == expected
     assert rule.rows(torch.Size((2, 8)), cpu, "pooled") is None
+    assert rule.rows(torch.Size((8,)), cpu, "a_vector") is None
     assert rule.rows(torch.Size((1, 7, 8)), cpu, "positions") is None  # of all samples
     assert TokenMask(torch.ones(2, 3).bool()).rows(torch.Size((2, 3, 8)), cpu, "x") is None
     single = TokenMask(mask[:, 1:2])  # samples of one token each
