@@ -51,6 +51,8 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
     base = base_model_of(model)
     found = {base: 0}
     embeddings = own_embeddings(base)
+    parts = base.modules() if embeddings else ()
+    enclosing = {part for part in parts if embeddings & set(part.modules())}
     found |= dict.fromkeys(embeddings, 0)
     for part in base.modules():
         kind = type(part), type(_base_layer_of(part))
@@ -59,7 +61,7 @@ def parts_taking_masks(model: nn.Module) -> dict[nn.Module, int]:
         index = index_of_kind[kind]
         if index is not None:
             found.setdefault(part, index)
-        elif not isinstance(part, torch.jit.ScriptModule) and embeddings & set(part.modules()):
+        elif part in enclosing and not isinstance(part, torch.jit.ScriptModule):
             found.setdefault(part, sys.maxsize)
     return found
 
