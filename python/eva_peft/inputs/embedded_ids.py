@@ -8,8 +8,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..model.architecture import is_defined_in_transformers
-from ..model.parts import outermost_modules
+from ..model.architecture import modules_of_transformers
 from .mask_contents import FEW, is_right_padded
 from .roles import may_be_ids
 from .token_mask import TokenMask
@@ -19,8 +18,7 @@ __all__ = ["EmbeddedIds", "own_embeddings", "padding_among", "tells_padding"]
 
 def own_embeddings(base: nn.Module) -> set[nn.Module]:
     """Return the embeddings with a ``padding_idx``; models of transformers are passed masks."""
-    known = outermost_modules(base, is_defined_in_transformers)
-    in_transformers = {part for _, model in known for part in model.modules()}
+    in_transformers = modules_of_transformers(base)
     return {part for part in base.modules() if tells_padding(part) and part not in in_transformers}
 
 
@@ -53,13 +51,16 @@ class EmbeddedIds:
     reads no others.
 
     Args:
+        parts: whose calls are noted, if there is an embedding that tells padding among them.
         make_mask: returns a mask, given named masks and the shape of the tokens.
     """
 
     def __init__(
-        self, make_mask: Callable[[Mapping[str, Tensor], tuple[int, ...]], TokenMask]
+        self,
+        parts: Iterable[nn.Module],
+        make_mask: Callable[[Mapping[str, Tensor], tuple[int, ...]], TokenMask],
     ) -> None:
-        self._make_mask = make_mask
+        self._are_read, self._make_mask = any(map(tells_padding, parts)), make_mask
         self._read: dict[torch.Size, _Ids] = {}
         self._last_mask: dict[torch.Size, TokenMask] = {}
         self._own_masks: list[Tensor | None] = []
@@ -68,7 +69,7 @@ class EmbeddedIds:
 
     def begin_call(self, part: nn.Module, arguments: Iterable[Any]) -> None:
         """Note that a part is called."""
-        if not tells_padding(part) and _are_ids_alone(arguments):
+        if self._are_read and not tells_padding(part) and _are_ids_alone(arguments):
             self._before.append((part, self._read))
             self._read = {}
 

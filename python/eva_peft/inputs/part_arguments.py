@@ -73,7 +73,10 @@ def dense_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def token_shape(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the shape of the tokens that a part is called with, (B, T) or (T, B)."""
-    tokens = own_tokens(arguments)
+    return _shape_of(own_tokens(arguments))
+
+
+def _shape_of(tokens: Tensor | None) -> tuple[int, ...]:
     return () if tokens is None else tuple(tokens.shape[:2])
 
 
@@ -101,12 +104,11 @@ def attended_tokens(arguments: Mapping[str, Any]) -> Tensor | None:
 
 def is_cross_attention(arguments: Mapping[str, Any]) -> bool:
     """Tell whether these are arguments of attention to other tokens, without a word for them."""
-    own = own_tokens(arguments)
     for key, query in _QUERY_OF_KEY.items():
-        attended, attending = arguments.get(key), arguments.get(query)
-        attending = own if attending is None else attending
-        if isinstance(attended, Tensor) and attended is not attending:
-            return True
+        if isinstance(attended := arguments.get(key), Tensor):
+            attending = arguments.get(query)
+            if attended is not (own_tokens(arguments) if attending is None else attending):
+                return True
     return False
 
 
@@ -180,7 +182,7 @@ def masks_by_batch_name(
         sizes: of all dimensions of the arguments; the longest sample must have one of them.
         outer: the mask of the enclosing part, bool (B, T), if that was passed one.
     """
-    shape = () if tokens is None else tuple(tokens.shape[:2])
+    shape = _shape_of(tokens)
     named_masks: dict[str, Tensor] = {}
     others = {}
     # the only mask may be that of the attended tokens
@@ -249,7 +251,7 @@ def _extends(kept: Tensor, known: Tensor | None) -> bool:
 def _kept_tokens(
     name: str, mask: Tensor, tokens: Tensor | None, sizes: Container[int]
 ) -> Tensor | None:
-    shape = () if tokens is None else tuple(tokens.shape[:2])
+    shape = _shape_of(tokens)
     if name.endswith(_LENGTH_SUFFIXES):
         return mask_from_lengths(mask.cpu(), shape, sizes, tokens)
     if mask.dim() == 3 and tuple(mask.shape) == (*shape, 1):

@@ -115,7 +115,7 @@ class PartMaskHooks(CallHooks):
         # weakly: a layer may have made them, and pairwise masks are large.
         self._mask_cache: dict[tuple[object, ...], tuple[list[ref[Tensor]], TokenMask | None]] = {}
         self._merged_masks: dict[tuple[TokenMask, TokenMask], TokenMask] = {}
-        self._embedded_ids = EmbeddedIds(self._silent_mask)
+        self._embedded_ids = EmbeddedIds(parts, self._silent_mask)
 
     def _before_call(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

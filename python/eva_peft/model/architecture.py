@@ -23,6 +23,7 @@ __all__ = [
     "forward_signature",
     "is_defined_in_transformers",
     "is_transformers_model",
+    "modules_of_transformers",
 ]
 
 FrameLengthFunction = Callable[..., Any]  # f(samples, (1,)) -> frames; some take add_adapter
@@ -192,6 +193,12 @@ def is_defined_in_transformers(module: nn.Module) -> bool:
     modules = (cls.__module__ for cls in type(module).__mro__)  # FSDP puts its own class first
     defining_module = next(name for name in modules if not name.startswith("torch.distributed."))
     return is_transformers_model(module) and defining_module.startswith("transformers.")
+
+
+def modules_of_transformers(base: nn.Module) -> set[nn.Module]:
+    """Return the modules of a model that are within models defined in transformers."""
+    models = outermost_modules(base, is_defined_in_transformers)
+    return {part for _, model in models for part in model.modules()}
 
 
 def _has_own_layers(base: nn.Module) -> bool:

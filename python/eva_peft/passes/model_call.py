@@ -17,9 +17,12 @@ from ..inputs.call_hooks import InnerModelHooks, ModelCallHooks, is_model
 from ..inputs.part_masks import PartMaskHooks, parts_taking_masks
 from ..inputs.prepare import Preparer
 from ..inputs.token_mask import TokenMask
-from ..model.architecture import Architecture, is_defined_in_transformers
+from ..model.architecture import (
+    Architecture,
+    is_defined_in_transformers,
+    modules_of_transformers,
+)
 from ..model.layer_kind import kind_of_layer
-from ..model.parts import outermost_modules
 from ..options import AUTO, CalibrateOptions
 from .hooks import InputCollector, StopForward
 
@@ -198,8 +201,7 @@ class ModelCall:
     @functools.cached_property
     def _custom_parts(self) -> dict[nn.Module, int]:
         """Those that are custom, as only these may have tokens other than the batch's."""
-        known = outermost_modules(base_model_of(self._model), is_defined_in_transformers)
-        in_transformers = {part for _, model in known for part in model.modules()}
+        in_transformers = modules_of_transformers(base_model_of(self._model))
         return {
             part: n for part, n in self._parts_taking_masks.items() if part not in in_transformers
         }

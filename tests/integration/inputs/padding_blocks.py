@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from integration.conftest import VOCABULARY
+from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
 
 LENGTHS = torch.tensor([7, 4, 2])
 KEPT = torch.arange(7) < LENGTHS[:, None]
@@ -20,6 +20,16 @@ def batches(lengths: bool = False) -> list[dict[str, Tensor]]:
     if lengths:  # padding that is not zero
         return [{"ids": ids, "lengths": LENGTHS} for ids in draws]
     return [{"ids": ids * KEPT} for ids in draws]
+
+
+def check_kept(model: nn.Module, data: list[Any], kept: dict[str, Tensor], **options: Any) -> Any:
+    """Check that the layers use the tokens that are kept, bool (B, T), of each of four batches."""
+    model.eval()
+    result = run(model, data, lora(tau=1.0, target_modules=[*kept]), **EXACT, **options)
+    for name, x in layer_inputs(model, data, [*kept], masked=False).items():
+        rows = kept[name].flatten().repeat(4)
+        assert lost(result.components[name], x[rows]) < 1e-6, name
+    return result
 
 
 class Block(nn.Module):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import eva_kernels
 from eva_peft.inputs.embedded_ids import padding_among
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, make_bert, run
-from integration.inputs.padding_blocks import EXACT, KEPT, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, batches, check_kept
 
 REVERSED = KEPT.flip(0)[:, :5]  # of another text, shorter
 
@@ -21,16 +19,6 @@ def words(padding_idx: int | None = 0, size: int = VOCABULARY + 1) -> nn.Embeddi
     embedding = nn.Embedding(size, 16, padding_idx=padding_idx)
     nn.init.normal_(embedding.weight)  # as some do, so that padding, too, has a direction
     return embedding
-
-
-def check(model: nn.Module, data: list[Any], kept: dict[str, Tensor], **options: Any) -> Any:
-    """Check that the layers use the tokens that are kept, bool (B, T), of each of four batches."""
-    model.eval()
-    result = run(model, data, lora(tau=1.0, target_modules=[*kept]), **EXACT, **options)
-    for name, x in layer_inputs(model, data, [*kept], masked=False).items():
-        rows = kept[name].flatten().repeat(4)
-        assert lost(result.components[name], x[rows]) < 1e-6, name
-    return result
 
 
 class Recommender(nn.Module):
@@ -55,7 +43,7 @@ def test_left_padding_of_a_recommender_does_not_count(by_function: bool) -> None
     ids = [b["ids"].flip(1) for b in batches()]
     data = [{"sequence": x, "following": x * 5 % VOCABULARY} for x in ids]
     kept = dict.fromkeys(["block", "head"], KEPT.flip(1))
-    assert check(Recommender(), data, kept, **options).tokens == 4 * int(KEPT.sum())
+    assert check_kept(Recommender(), data, kept, **options).tokens == 4 * int(KEPT.sum())
 
 
 class Tagger(nn.Module):
@@ -72,7 +60,7 @@ class Tagger(nn.Module):
 
 
 def test_padding_does_not_count_before_a_recurrent_layer_is_told_of_lengths() -> None:
-    check(Tagger(), batches(), {"before": KEPT, "head": KEPT})
+    check_kept(Tagger(), batches(), {"before": KEPT, "head": KEPT})
 
 
 class Translator(nn.Module):
@@ -96,7 +84,7 @@ class Translator(nn.Module):
 def test_two_texts_of_different_shapes_have_masks_of_their_own(embeds_both_first: bool) -> None:
     data = [{"src": b["ids"], "tgt": b["ids"].flip(0)[:, :5]} for b in batches()]
     kept = {"encoder": KEPT, "keys": KEPT, "decoder": REVERSED, "head": REVERSED}
-    check(Translator(embeds_both_first), data, kept)
+    check_kept(Translator(embeds_both_first), data, kept)
 
 
 SEEMS = "ignore:.* seem to be padding:eva_kernels.EvaWarning"
@@ -111,7 +99,7 @@ def test_tokens_of_any_text_count_where_two_of_one_shape_were_embedded(
     either = KEPT | KEPT.flip(0)
     kept = {"encoder": either if embeds_both_first else KEPT, "keys": either, "decoder": either}
     with pytest.warns(eva_kernels.EvaWarning, match="may read any of them"):
-        check(Translator(embeds_both_first), data, kept)
+        check_kept(Translator(embeds_both_first), data, kept)
 
 
 class Tower(nn.Module):
@@ -169,7 +157,7 @@ def test_empty_samples_do_not_count() -> None:
     kept = torch.cat([KEPT, torch.zeros_like(KEPT)])
     data = [{"ids": torch.cat([b["ids"], 0 * b["ids"]])} for b in batches()]
     model = nn.Sequential(words(), nn.Linear(16, 16))
-    check(model, [b["ids"] for b in data], {"1": kept})
+    check_kept(model, [b["ids"] for b in data], {"1": kept})
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -189,7 +177,7 @@ def test_padding_of_documents_is_known_of_words_and_of_sentences(flat: bool) -> 
     mask = torch.stack([KEPT, KEPT])
     mask[1, 1:] = False
     data = [{"ids": torch.stack([b["ids"], b["ids"]]) * mask} for b in batches()]
-    check(Model(), data, {"layer": mask, "sentences": mask.any(-1)})
+    check_kept(Model(), data, {"layer": mask, "sentences": mask.any(-1)})
 
 
 def test_ids_are_found_under_any_name() -> None:
@@ -206,7 +194,7 @@ def test_ids_are_found_under_any_name() -> None:
             return self.layer(self.words(tokens=ids))
 
     torch.manual_seed(0)
-    check(Model(), batches(), {"layer": KEPT})
+    check_kept(Model(), batches(), {"layer": KEPT})
 
 
 def test_segments_of_zeros_and_ones_hide_no_words() -> None:
@@ -223,8 +211,8 @@ def test_segments_of_zeros_and_ones_hide_no_words() -> None:
     torch.manual_seed(0)
     segments = (torch.arange(7) > 1).long() * KEPT
     data = [{"ids": b["ids"], "segments": segments} for b in batches()]
-    check(Model(), data, {"layer": KEPT})
-    check(Model(), [{**b, "ids": b["ids"][[0] * 3]} for b in data], {"layer": KEPT | True})
+    check_kept(Model(), data, {"layer": KEPT})
+    check_kept(Model(), [{**b, "ids": b["ids"][[0] * 3]} for b in data], {"layer": KEPT | True})
 
 
 def test_mask_in_the_batch_takes_precedence() -> None:
@@ -235,14 +223,14 @@ def test_mask_in_the_batch_takes_precedence() -> None:
     kept = KEPT.clone()
     kept[0, 3:] = False
     data = [{**batch, "attention_mask": kept.long()} for batch in batches()]
-    check(Masked(), data, {"before": kept})
+    check_kept(Masked(), data, {"before": kept})
 
 
 @pytest.mark.filterwarnings(SEEMS)
 def test_only_padding_idx_tells_padding() -> None:
     every = torch.ones_like(KEPT)
-    check(Tagger(None), batches(), {"before": every})
-    check(Tagger(VOCABULARY), batches(), {"before": every})
+    check_kept(Tagger(None), batches(), {"before": every})
+    check_kept(Tagger(VOCABULARY), batches(), {"before": every})
 
 
 def test_padding_idx_in_models_of_transformers_is_not_consulted() -> None:
@@ -261,7 +249,7 @@ def test_values_with_the_number_of_padding_count(size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     data = [{"ids": torch.randint(0, size, (4, 12), generator=generator)} for _ in range(4)]
     model = Tower().eval()
-    check(model, data, {"layer": torch.ones(4, 12, dtype=torch.bool)})
+    check_kept(model, data, {"layer": torch.ones(4, 12, dtype=torch.bool)})
 
 
 @pytest.mark.parametrize(

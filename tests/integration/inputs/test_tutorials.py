@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from integration.conftest import VOCABULARY, layer_inputs, lora, lost, run
-from integration.inputs.padding_blocks import EXACT, KEPT, batches
+from integration.inputs.padding_blocks import EXACT, KEPT, batches, check_kept
 
 
 class HidingAttention(nn.Module):
@@ -199,11 +199,7 @@ def test_mask_under_a_name_of_ones_own_hides_nodes_and_their_edges(dtype: torch.
         edges = torch.randn(3, 7, 7, 6, generator=generator) * pairs[..., None]
         data.append({"X": nodes, "E": edges, "node_mask": KEPT.to(dtype)})
     kept = {"nodes": KEPT, "edges": pairs, "out": KEPT}
-    model = GraphTransformer().eval()
-    result = run(model, data, lora(tau=1.0, target_modules=[*kept]), **EXACT)
-    for name, x in layer_inputs(model, data, [*kept]).items():
-        rows = kept[name].flatten().repeat(4)
-        assert lost(result.components[name], x.reshape(len(rows), -1)[rows]) < 1e-6, name
+    check_kept(GraphTransformer(), data, kept)
 
 
 NO_MASKS = {
